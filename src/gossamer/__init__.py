@@ -1,0 +1,1 @@
+"""Make large models small and fast, and prove it."""

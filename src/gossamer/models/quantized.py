@@ -1,0 +1,142 @@
+"""What a quantized tensor is: integer codes, their scales and zero points, and the rule that made them.
+
+A weight row w is cut into groups of `group_size` neighbouring inputs (one group per row when it is None). Each
+group holds one scale s > 0 and, where the grid is asymmetric, one zero point z:
+
+    code = clamp(round(w / s) + z, low, high)          w' = (code - z) * s          low, high = -2^(b-1), 2^(b-1) - 1
+
+Codes are signed for every width, as compressed-tensors stores them; a runtime that wants unsigned codes adds 2^(b-1)
+to both code and zero point, which changes nothing. Decided once here, lowered by every runtime, never rounded again.
+
+Shape suffixes: O output channels (rows), I inputs of one row (all other dimensions, flattened), G groups of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class QuantSpec(BaseModel):
+    """Describe a weight grid: `bits` 2 to 8, symmetric or not, one scale per row or per `group_size` inputs.
+
+    7 bits live in 8-bit containers: processors without int8 dot products add two products in 16 bits, and only
+    7-bit weights cannot overflow there.
+
+    >>> QuantSpec(bits=4, group_size=64).low
+    -8
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = Field(ge=2, le=8)
+    symmetric: bool = True
+    group_size: int | None = Field(default=None, gt=0)
+
+    @property
+    def low(self) -> int:
+        """Return the smallest code."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """Return the largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        scope = f"group {self.group_size}" if self.group_size else "per channel"
+        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {scope}"
+
+
+class ActivationSpec(BaseModel):
+    """Describe how the input of a layer is rounded to 8 bits before the layer sees it.
+
+    `dynamic`: range taken from each tensor as it comes (one scale for the whole tensor, or one per token);
+    `static`: `low` and `high` were calibrated and are part of the artifact. Asymmetric grids are uint8 whose range
+    always includes zero, as ONNX DynamicQuantizeLinear defines it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["dynamic", "static"]
+    scope: Literal["tensor", "token"] = "tensor"
+    symmetric: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        grid = "int8" if self.symmetric else "uint8"
+        return f"{grid} {self.kind} per {self.scope}"
+
+    def static_grid(self) -> tuple[float, int]:
+        """Return (scale, zero point) of a static grid: unsigned 0..255, or signed -128..127 when symmetric."""
+        assert self.kind == "static" and self.low is not None and self.high is not None
+        if self.symmetric:
+            scale = max(abs(self.low), abs(self.high)) / 127.0 or 1.0
+            return scale, 0
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        scale = (high - low) / 255.0 or 1.0
+        return scale, int(min(255, max(0, round(-low / scale))))
+
+    def fake_quantize(self, values: Tensor) -> Tensor:
+        """Return `values` [..., I] rounded to this grid and back, same shape and dtype."""
+        x = values.float()
+        if self.kind == "static":
+            scale, zero_point = self.static_grid()
+            bounds = (-128, 127) if self.symmetric else (0, 255)
+            codes = torch.clamp(torch.round(x / scale) + zero_point, *bounds)
+            return ((codes - zero_point) * scale).to(values.dtype)
+        dims = (-1,) if self.scope == "token" else tuple(range(x.dim()))
+        if self.symmetric:
+            scale = x.abs().amax(dims, keepdim=True) / 127.0
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+            return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(values.dtype)
+        low = x.amin(dims, keepdim=True).clamp(max=0.0)
+        high = x.amax(dims, keepdim=True).clamp(min=0.0)
+        scale = (high - low) / 255.0
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        zero_point = torch.clamp(torch.round(-low / scale), 0, 255)
+        codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
+        return ((codes - zero_point) * scale).to(values.dtype)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Hold one quantized weight: `codes` int8 [O, I], `scale` float32 [O, G], `zero_point` int8 [O, G] or None.
+
+    `shape` is the shape of the parameter itself, `transposed` says that it is stored [I, O] (GPT-2's Conv1D).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        """Return G, the number of groups in a row."""
+        return self.scale.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of inputs that share a scale."""
+        return self.codes.shape[1] // self.num_groups
+
+    def dequantize(self) -> Tensor:
+        """Return the float32 values in the parameter's own shape."""
+        codes_OGg = self.codes.float().unflatten(1, (self.num_groups, self.group_size))
+        if self.zero_point is not None:
+            codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
+        values_OI = (codes_OGg * self.scale.unsqueeze(-1)).flatten(1)
+        return (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
+
+
+def rows_of(weight: Tensor, transposed: bool = False) -> Tensor:
+    """Return a parameter of any rank as a matrix [O, I]: one row per output channel."""
+    return (weight.t() if transposed else weight.flatten(1)).contiguous()

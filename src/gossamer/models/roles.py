@@ -1,0 +1,59 @@
+"""Which layer is what: roles and stacks of like blocks, found by structure, not by a list of architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal[
+    "embedding", "q", "k", "v", "o", "qkv", "up", "gate", "down", "norm", "head", "classifier", "convolution", "linear",
+    "other",
+]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Describe one leaf module that owns parameters.
+
+    `name` is the module's name, `shape` that of its weight as [out, in...] (a Conv1D's stored [in, out] is turned),
+    `block` the index of the block that it belongs to within `stack`, `tied_to` the parameter whose storage it shares
+    (only on the later one), `macs` the multiply-accumulates of one example request.
+    """
+
+    name: str
+    kind: Literal["linear", "conv", "embedding", "norm", "other"]
+    role: Role
+    shape: tuple[int, ...]
+    num_parameters: int
+    transposed: bool = False
+    stack: str | None = None
+    block: int | None = None
+    tied_to: str | None = None
+    macs: int = 0
+    path: str = "layer"  # for several stacks of like blocks: the name relative to its block
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Describe a run of like blocks: the name of their list, how many there are, parameters of one."""
+
+    name: str
+    num_blocks: int
+    num_parameters: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """Describe a model: every layer with its role, the stacks of blocks, totals in parameters, bytes and MACs."""
+
+    layers: tuple[LayerInfo, ...]
+    stacks: tuple[Stack, ...]
+    num_parameters: int
+    num_bytes: int
+    macs: int
+    notes: tuple[str, ...] = field(default=())
+
+    def layer(self, name: str) -> LayerInfo:
+        """Return the layer of that module name."""
+        return next(layer for layer in self.layers if layer.name == name)

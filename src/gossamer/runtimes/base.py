@@ -1,0 +1,101 @@
+"""The contract of a runtime: write the artifact, open it, run it, and say what the file holds.
+
+One file a runtime. A runtime lowers the codes that were decided before; it never quantizes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.tasks.base import Arrays, Task
+
+if TYPE_CHECKING:
+    from gossamer.models.source import Source
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Say how a file holds one parameter: its name in the model, logical bits, asymmetric or not, groups, bytes.
+
+    `bits` is 32, 16 or the width of the codes; `bytes` counts codes, scales and zero points as they lie in the file.
+    """
+
+    name: str
+    dtype: str
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Hold what writing an artifact needs besides the candidate.
+
+    `example` is one real batch of inputs (tracing needs one); `axes` names the axes that may vary, by input;
+    `outputs` the output names to keep, the scored one first; `cache` is a folder where work that does not depend on
+    the weights (an exported graph) may be kept between candidates of one run.
+    """
+
+    task: Task
+    example: Arrays
+    axes: dict[str, dict[int, str]]
+    outputs: tuple[str, ...]
+    cache: Path
+    options: dict[str, str] = field(default_factory=dict)
+
+
+class Session(ABC):
+    """An opened artifact: give it inputs, get outputs. Lives in a process of its own while anything is measured."""
+
+    @abstractmethod
+    def run(self, inputs: Arrays) -> Arrays:
+        """Return the outputs by name; floating-point outputs as float32."""
+
+
+class Runtime(ABC):
+    """Write, open and run artifacts of one kind."""
+
+    name: ClassVar[str]
+    extra: ClassVar[str | None] = None  # the pip extra that brings it: gossamer[openvino]
+    files: ClassVar[tuple[str, ...]]  # patterns of the files that a user must ship, besides tokenizer and config
+
+    def missing(self) -> str | None:
+        """Return the package that is not installed, or None when the runtime can be used here."""
+        return None
+
+    @abstractmethod
+    def refusal(
+        self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
+    ) -> str | None:
+        """Return why a layer (its role, its weight [O, I...]) cannot be held like this, or None when it can."""
+
+    @abstractmethod
+    def stored_bytes(self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype_bytes: int) -> int:
+        """Return exactly how many bytes the file needs for a parameter: codes, scales, zero points, padding."""
+
+    @abstractmethod
+    def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
+        """Write the artifact's files into `folder` (it exists and is empty). The same candidate gives the same bytes."""
+
+    @abstractmethod
+    def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
+        """Open an artifact that `write` wrote, in this process."""
+
+    @abstractmethod
+    def stored_tensors(self, folder: Path) -> list[StoredTensor]:
+        """Read back from the files alone how each parameter is held."""
+
+    @abstractmethod
+    def load_snippet(self, task: Task) -> str:
+        """Return the few lines of Python with which a user opens and runs the artifact without gossamer."""
+
+    def write_original(self, source: Source, folder: Path, request: ExportRequest) -> None:
+        """Write the unchanged model for this runtime; the base of the same-runtime ratio."""
+        self.write(Candidate(source=source, module=source.module(request.task)), folder, request)

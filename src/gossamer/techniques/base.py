@@ -1,0 +1,110 @@
+"""The contract of a technique: one frozen model holds its settings, its needs, and what it does.
+
+The registry, the recipe's YAML schema, the command line's help, the docs page and the planner's search space all
+derive from this one class. A new technique is one file with one subclass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.run.progress import Progress
+from gossamer.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from gossamer.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Declare what a technique needs before it can run, and its place in a recipe.
+
+    `calibration_rows` and `training` ask for data; `after` and `before` name techniques that must precede or follow
+    it when both are in a recipe; `excludes` names techniques that cannot be combined with it.
+    """
+
+    calibration_rows: int = 0
+    training: bool = False
+    gradients: bool = False
+    roles: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Say what a technique will do to one named parameter: the row of the resolved table that the user sees."""
+
+    parameter: str
+    layer: LayerInfo
+    weight: QuantSpec | None = None
+    activation: ActivationSpec | None = None
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        parts = [str(part) for part in (self.weight, self.activation, self.dtype) if part is not None]
+        return f"{self.parameter}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Hold what `apply` may use besides the candidate: calibration batches, the task, progress, the seed."""
+
+    task: Task
+    calibration: Sequence[Batch]
+    progress: Progress
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task."""
+
+    model: ModelMap
+    runtime: Runtime
+    task: Task
+    calibration_rows: int
+
+
+def searched(default: Any, domain: Iterable[Any], description: str) -> Any:
+    """Declare a setting together with the values that the planner may try: the domain stands beside the default."""
+    return Field(default, description=description, json_schema_extra={"search": list(domain)})
+
+
+class Technique(BaseModel, ABC):
+    """One step of a recipe: settings, needs, and `apply`. Frozen: two equal techniques do equal things."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]  # the key in a recipe
+    family: ClassVar[str]  # quantize, prune, distill, adapt
+    needs: ClassVar[Needs]
+
+    @abstractmethod
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return what will be done to which parameter. Raises RecipeError when a pattern matches nothing."""
+
+    @abstractmethod
+    def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+        """Return the candidate with this technique applied; the one given is used up."""
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Self, ...]]:
+        """Yield runs of steps of this technique that the planner may put into a recipe, from the search domains."""
+
+    def entry(self) -> dict[str, Any]:
+        """Return the recipe entry: {name: settings that differ from the defaults}."""
+        return {self.name: self.model_dump(mode="json", exclude_defaults=True)}
+
+
+Applied = Callable[[Candidate], Candidate]
