@@ -1,0 +1,189 @@
+"""What a run knows and hands on: predictions, measurements, verdicts, provenance. Plain records that become JSON.
+
+The report, the command line and `--json` read these and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+VerdictName = Literal["PASS", "FAIL", "UNDECIDED"]
+
+
+class Record(BaseModel):
+    """Freeze every record; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figure(Record):
+    """Hold one figure with its interval: `low` and `high` equal `value` where the figure is exact (bytes)."""
+
+    value: float
+    low: float
+    high: float
+    n: int = 1
+    unit: str = ""
+    higher_is_better: bool = False
+
+    @classmethod
+    def exact(cls, value: float, unit: str, *, higher_is_better: bool = False) -> Figure:
+        """Return a figure without uncertainty."""
+        return cls(value=value, low=value, high=value, unit=unit, higher_is_better=higher_is_better)
+
+
+class Prediction(Record):
+    """Hold what the planner expects of a recipe: shares of the original where the name says share."""
+
+    quality_share: float
+    kl: float
+    size_bytes: int
+    latency_seconds: float
+    latency_share: float
+    memory_bytes: int
+    seconds: float  # wall time to build, prove and measure it
+
+
+class Judged(Record):
+    """Hold one constraint's judgement in the words and numbers that a person reads."""
+
+    constraint: str
+    verdict: VerdictName
+    value: float
+    low: float
+    high: float
+    bound: float
+    margin: float
+    why: str
+
+
+class LatencyRecord(Record):
+    """Hold a latency distribution: seconds of every run kept, percentiles in seconds."""
+
+    samples: tuple[float, ...]
+    p50: float
+    p95: float
+    p99: float
+    mean: float
+    throughput: float  # requests per second
+
+
+class Equivalence(Record):
+    """Say how the re-opened artifact's outputs compare with the in-memory model's on the same inputs.
+
+    `relative_error` is rms(artifact - memory) / rms(memory - its mean); `change` the same between the in-memory
+    candidate and the original, the size of what the recipe itself did.
+    """
+
+    relative_error: float
+    change: float
+    allowed: float
+    top1_agreement: float
+    num_batches: int
+    passed: bool
+
+
+class TensorRow(Record):
+    """Hold one row of the per-module table: what the recipe asked for and what the file was found to hold."""
+
+    parameter: str
+    role: str
+    shape: tuple[int, ...]
+    asked: str
+    found: str
+    bytes: int
+    original_bytes: int
+    activation: str = ""
+    agrees: bool
+
+
+class Measured(Record):
+    """Hold everything measured about one artifact, re-opened in its runtime; figures by quantity.
+
+    `figures` has `metric` (the task's own), `quality` (share kept, paired), `size`, `latency p50|p95|p99|mean` (s),
+    `latency pXX ratio` (of the original, paired), `throughput`, `memory`, `params`, `flops`, `kl`, `agreement`.
+    """
+
+    figures: dict[str, Figure]
+    latency: LatencyRecord
+    original_latency: LatencyRecord  # the original, timed in turns with this artifact
+    equivalence: Equivalence
+    tensors: tuple[TensorRow, ...]
+
+
+class Tried(Record):
+    """Hold one candidate: its recipe, what was predicted, what was measured, and how the goal judged it."""
+
+    name: str
+    recipe: list[dict[str, Any]]
+    predicted: Prediction
+    measured: Measured | None = None
+    judgements: tuple[Judged, ...] = ()
+    verdict: VerdictName | None = None
+    rejected: str = ""  # why it was not measured to the end: the artifact computes something else, a refusal
+    violation: float = float("inf")
+    seconds: float = 0.0
+    folder: str = ""  # of the artifact, relative to the run
+
+
+class Original(Record):
+    """Hold what was measured of the original, as its owner runs it today (PyTorch, float32, this machine)."""
+
+    metric: Figure
+    size_bytes: int
+    num_parameters: int
+    macs: int
+    latency: LatencyRecord
+    memory_bytes: int
+    same_runtime_latency: LatencyRecord | None = None  # the unchanged model in the runtime that will serve
+    same_runtime_bytes: int | None = None
+
+
+class Provenance(Record):
+    """Hold where everything came from: content hashes, versions, seeds, the machine."""
+
+    model: str
+    model_fingerprint: str
+    data: str
+    data_fingerprint: str
+    evaluation: str
+    evaluation_fingerprint: str
+    task: str
+    task_settings: dict[str, Any]
+    runtime: str
+    seed: int
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    command: str = ""
+
+
+class PlanResult(Record):
+    """Hold what `plan` prints: the original, and every recipe with its prediction, most promising first."""
+
+    goal: str
+    goal_in_words: list[str]
+    original: Original
+    candidates: tuple[Tried, ...]
+    notes: tuple[str, ...] = ()
+
+
+class RunResult(Record):
+    """Hold what `optimize` and `apply` return and `report` draws."""
+
+    kind: Literal["optimize", "apply"]
+    goal: str
+    goal_in_words: list[str]
+    verdict: VerdictName
+    reason: str  # one plain sentence: why PASS, or which constraint stands in the way
+    metric_name: str
+    original: Original
+    tried: tuple[Tried, ...]
+    not_tried: tuple[Tried, ...] = ()
+    chosen: int | None = None  # index into tried
+    artifact: str | None = None  # path of the published artifact
+    load_snippet: str = ""
+    provenance: Provenance
+    rows: dict[str, int]  # rows used: calibration, evaluation
+    seconds: float
