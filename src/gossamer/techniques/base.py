@@ -6,10 +6,11 @@ derive from this one class. A new technique is one file with one subclass.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -102,9 +103,24 @@ class Technique(BaseModel, ABC):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Self, ...]]:
         """Yield runs of steps of this technique that the planner may put into a recipe, from the search domains."""
 
+    def rows_needed(self) -> int:
+        """Return how many calibration rows this step cannot do without, with the settings that it has."""
+        return self.needs.calibration_rows
+
+    @classmethod
+    def domain(cls, setting: str) -> list[Any]:
+        """Return the values of a setting that the planner may try: its declared domain, or only its default."""
+        field = cls.model_fields[setting]
+        extra = field.json_schema_extra
+        return list(cast("list[Any]", extra["search"])) if isinstance(extra, dict) else [field.default]
+
+    @classmethod
+    def product(cls, *settings: str) -> Iterator[dict[str, Any]]:
+        """Yield every combination of the domains of these settings."""
+        for values in itertools.product(*(cls.domain(setting) for setting in settings)):
+            yield dict(zip(settings, values, strict=True))
+
     def entry(self) -> dict[str, Any]:
         """Return the recipe entry: {name: settings that differ from the defaults}."""
         return {self.name: self.model_dump(mode="json", exclude_defaults=True)}
 
-
-Applied = Callable[[Candidate], Candidate]

@@ -1,1 +1,1 @@
-"""See the docs."""
+"""Fewer bits: codes for weights, 8-bit grids for inputs, 16-bit casts."""
