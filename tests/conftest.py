@@ -1,0 +1,74 @@
+"""What every test gets: no network, one thread, a time cap by folder, and a list of the slow ones at the end."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any import of a hub client: it reads its environment once, when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+TESTS = Path(__file__).parent
+
+# Seconds after which a test is stopped. Far above what a test needs (TARGET_SECONDS): machines are shared, and the
+# first test of a worker also pays for importing torch, or the exporter in `runtimes`.
+DEFAULT_CAP = 30
+CAPS = {"runtimes": 60, "properties": 60, "plan": 60, "cli": 60, "fault": 120, "e2e": 600}
+SLOW_CAP = 300
+TARGET_SECONDS = 1.0
+
+
+def cap_of(folder: str, slow: bool) -> int:
+    """Return the cap in seconds of a test in that folder of tests/."""
+    cap = CAPS.get(folder, DEFAULT_CAP)
+    return max(cap, SLOW_CAP) if slow else cap
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its folder's cap, unless it sets one itself; tests in e2e/ are marked as such."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "e2e":
+            item.add_marker(pytest.mark.e2e)
+        if item.get_closest_marker("timeout") is None:
+            slow = item.get_closest_marker("slow") is not None
+            item.add_marker(pytest.mark.timeout(cap_of(folder, slow)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List tests above the target: a remark, not a failure, since the machine may be busy with something else."""
+    passed = [report for report in terminalreporter.stats.get("passed", []) if "e2e" not in report.keywords]
+    above = sorted((r for r in passed if r.duration > TARGET_SECONDS), key=lambda report: -report.duration)
+    if above:
+        terminalreporter.write_line(f"{len(above)} of {len(passed)} tests took over {TARGET_SECONDS:g} s; the slowest:")
+        for report in above[:10]:
+            terminalreporter.write_line(f"  {report.duration:6.1f} s  {report.nodeid}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Keep torch on one thread: workers side by side, and sums in one order."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Refuse connections to anything but this machine."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}: tests run without a network")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
