@@ -1,1 +1,314 @@
 """Where a model comes from: a Hugging Face folder or hub id (safetensors), or an nn.Module and its forward function."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils import logging as chatter
+
+from gossamer.errors import ModelError
+from gossamer.models import checkpoint
+
+Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+class Purpose(Protocol):
+    """Name what a model is opened for: a task's name and the transformers Auto class that opens its models."""
+
+    @property
+    def name(self) -> str:
+        """Return the task's name."""
+
+    @property
+    def auto_class(self) -> str:
+        """Return the name of the Auto class in transformers."""
+
+
+class Source:
+    """Say where a model comes from, and open it as often as needed. Cheap to make: `module` reads the weights.
+
+    `name` is the folder's name, the hub id or the class; `path` the local folder; `fingerprint` a sha256 over config
+    and weights; `config` transformers' config; `labels` the class names in order, when the config names them.
+
+    >>> source = Source.open("./my-bert")  # doctest: +SKIP
+    >>> module = source.module(get_task("text-classification"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        path: Path | None = None,
+        config: PretrainedConfig | None = None,
+        raw_config: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        network: nn.Module | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.config = config
+        self.trust_remote_code = trust_remote_code
+        self._raw_config = dict(raw_config or {})
+        self._network = network
+        self._forward = forward
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | nn.Module,
+        *,
+        forward: Forward | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+    ) -> Source:
+        """Open a model folder, a hub id, or a network with the function that runs it on named inputs.
+
+        Raises ModelError when folder, config or weights are missing or damaged, when the weights are a pickle, or when
+        the model's own code would have to run and `trust_remote_code` was not given.
+        """
+        if isinstance(model, nn.Module):
+            config = getattr(model, "config", None)
+            return cls(
+                name or type(model).__name__,
+                config=config if isinstance(config, PretrainedConfig) else None,
+                network=model,
+                forward=forward,
+            )
+        folder = _local_folder(model)
+        raw = checkpoint.read_config(folder)
+        config = _read_config(folder, raw, trust_remote_code)
+        checkpoint.weight_files(folder)
+        label = name or (folder.resolve().name if Path(model).expanduser().exists() else str(model))
+        return cls(label, path=folder, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return the sha256 over config and weight files, or over a network's structure and state dict."""
+        if self.path is not None:
+            return checkpoint.hash_files([self.path / "config.json", *checkpoint.weight_files(self.path)])
+        assert self._network is not None
+        structure = torch.frombuffer(bytearray(repr(self._network).encode()), dtype=torch.uint8)
+        return checkpoint.hash_tensors({"": structure, **self._network.state_dict()})
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the class names in the order of the logits, or None when the config does not name them."""
+        named = self._raw_config.get("id2label")
+        if named is None and self._network is not None and self.config is not None:
+            named = self.config.to_diff_dict().get("id2label")
+        if not named:
+            return None
+        ordered = sorted((int(index), str(label)) for index, label in dict(named).items())
+        if [index for index, _ in ordered] != list(range(len(ordered))):
+            raise ModelError(
+                f"id2label of {self.name} numbers its classes {[i for i, _ in ordered]}", "number them from 0"
+            )
+        return tuple(label for _, label in ordered)
+
+    @property
+    def quantization(self) -> str | None:
+        """Return the method that already quantized this model (`compressed-tensors`, `gptq`), or None."""
+        settings = self._raw_config.get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else None
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Return the class names that config.json says the weights belong to."""
+        return tuple(self._raw_config.get("architectures") or ())
+
+    def module(self, task: Purpose) -> nn.Module:
+        """Return a fresh float32 copy of the model in eval mode, opened with the task's Auto class.
+
+        Raises ModelError when the architecture has no such head, when weights of it are missing from the checkpoint
+        (transformers would fill them with random numbers), when shapes differ, or when values are not finite.
+        """
+        if self._network is not None:
+            return self._copy_of_network()
+        return self._load(getattr(transformers, task.auto_class), f"{task.name} ({task.auto_class})")
+
+    def native_module(self) -> nn.Module:
+        """Return a fresh float32 copy opened with the class that config.json names, whatever its task is."""
+        if self._network is not None:
+            return self._copy_of_network()
+        for name in self.architectures:
+            found = getattr(transformers, name, None)
+            if found is not None:
+                return self._load(found, name)
+        return self._load(transformers.AutoModel, "AutoModel")
+
+    def processor(self) -> Any:
+        """Return the tokenizer, image processor, or (where the folder has both) the processor of the model.
+
+        Raises ModelError when the folder has none.
+        """
+        if self.path is None:
+            raise ModelError(f"{self.name} was given as a network, which has no tokenizer or image processor",
+                             "give a folder written by save_pretrained, or rows that already are tensors")  # fmt: skip
+        loader = _processor_class(self.path)
+        try:
+            with quiet_transformers():
+                return loader.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            raise ModelError(
+                f"{loader.__name__} cannot open the tokenizer or processor in {self.path}: {_first_line(error)}",
+                "save it beside the model: tokenizer.save_pretrained(folder)",
+            ) from error
+
+    def forward(self, module: nn.Module, inputs: dict[str, Tensor], output: str = "logits") -> Tensor:
+        """Return one output [B, ...] of a module of this source for inputs by name.
+
+        Raises ModelError when the model has no such output.
+        """
+        if self._forward is not None:
+            return self._forward(module, inputs)
+        result = module(**inputs)
+        if isinstance(result, Tensor):
+            return result
+        found = result.get(output) if isinstance(result, dict) else getattr(result, output, None)
+        if not isinstance(found, Tensor):
+            names = ", ".join(result) if isinstance(result, dict) else type(result).__name__
+            raise ModelError(
+                f"{self.name} gives no output {output!r} (it gives: {names})",
+                "open it with a task that fits it, or pass forward=lambda module, inputs: ... with an nn.Module",
+            )
+        return found
+
+    def shipped_files(self) -> list[Path]:
+        """Return the files that a user ships today to run this model. A network given from Python has none."""
+        if self.path is None:
+            return []
+        code = "auto_map" in self._raw_config and self.trust_remote_code
+        return checkpoint.shipped_files(self.path, checkpoint.weight_files(self.path), code)
+
+    def _copy_of_network(self) -> nn.Module:
+        assert self._network is not None
+        module = copy.deepcopy(self._network).float().eval()
+        checkpoint.check_finite(module.state_dict())
+        return module
+
+    def _load(self, loader: Any, wanted: str) -> nn.Module:
+        assert self.path is not None
+        if self.quantization is not None:
+            raise ModelError(
+                f"{self.name} is already quantized ({self.quantization})",
+                "start from the float model: rounding twice loses twice; `gossamer eval` and `bench` open it as it is",
+            )
+        checkpoint.weight_files(self.path)
+        try:
+            with quiet_transformers():
+                module, loading = loader.from_pretrained(
+                    self.path,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    use_safetensors=True,
+                    trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+            fits = ", ".join(self.architectures) or "no architecture"
+            raise ModelError(
+                f"{self.name} cannot be opened as {wanted}: {_first_line(error)}",
+                f"config.json says {fits}: choose the task that fits it",
+            ) from error
+        if missing := sorted(loading["missing_keys"]):
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ModelError(
+                f"{len(missing)} weights that {type(module).__name__} needs are not in {self.name}: "
+                f"{', '.join(missing[:5])}{more}",
+                f"this checkpoint was not trained for {wanted}; fine-tune it first, or choose another task",
+            )
+        module = module.eval()
+        checkpoint.check_finite(module.state_dict())
+        assert isinstance(module, nn.Module)
+        return module
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' log and progress bars for a while, through its own settings, and restore them."""
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity(logging.CRITICAL)
+    chatter.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _local_folder(model: str | Path) -> Path:
+    """Return the folder itself, or the folder in the ordinary hub cache that holds a hub id's files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    path = Path(model).expanduser()
+    text = str(model)
+    if path.exists() or isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        return path
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except HFValidationError as error:
+        raise ModelError(f"{text!r} is neither a folder nor a hub id", "check the path") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"there is no folder {text}, and the hub id {text} could not be fetched: {_first_line(error)}",
+            "check the name and the network, or download the model and give its folder",
+        ) from error
+
+
+def _read_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+    model_type = raw.get("model_type")
+    known = model_type in transformers.CONFIG_MAPPING
+    if "auto_map" in raw and not known and not trust_remote_code:
+        raise ModelError(
+            f"{folder} needs its own Python code to open ({', '.join(map(str, raw['auto_map'].values()))})",
+            "read that code; if you trust it, pass --trust-remote-code (trust_remote_code=True)",
+        )
+    if not known and "auto_map" not in raw:
+        raise ModelError(
+            f"transformers {transformers.__version__} knows no model_type {model_type!r} ({folder / 'config.json'})",
+            "update transformers, or pass the nn.Module from Python",
+        )
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configs are untrusted input: their validators raise errors of many kinds
+        raise ModelError(f"{folder / 'config.json'} is refused by transformers: {_first_line(error)}",
+                         "mend the value that it names") from error  # fmt: skip
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _processor_class(folder: Path) -> Any:
+    """Return the Auto class for what lies in the folder: a tokenizer, an image processor, or both."""
+    tokenizer_names = ("tokenizer.json", "tokenizer_config.json", *checkpoint.SLOW_TOKENIZER_FILES)
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in tokenizer_names)
+    has_processor = any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+    if has_tokenizer and has_processor:
+        return transformers.AutoProcessor
+    if has_tokenizer:
+        return transformers.AutoTokenizer
+    if has_processor:
+        return transformers.AutoImageProcessor
+    raise ModelError(
+        f"{folder} holds no tokenizer and no image processor",
+        "save it beside the model: tokenizer.save_pretrained(folder) or image_processor.save_pretrained(folder)",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
