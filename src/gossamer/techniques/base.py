@@ -120,7 +120,11 @@ class Technique(BaseModel, ABC):
         for values in itertools.product(*(cls.domain(setting) for setting in settings)):
             yield dict(zip(settings, values, strict=True))
 
+    def label(self) -> str:
+        """Return a few words that tell this step from others of its kind, for tables and file names."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.entry()[self.name].items())
+        return f"{self.name} ({settings})" if settings else self.name
+
     def entry(self) -> dict[str, Any]:
         """Return the recipe entry: {name: settings that differ from the defaults}."""
         return {self.name: self.model_dump(mode="json", exclude_defaults=True)}
-

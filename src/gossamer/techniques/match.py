@@ -52,7 +52,9 @@ def matches(layer: LayerInfo, pattern: str) -> bool:
         try:
             return re.fullmatch(pattern[3:], layer.name) is not None
         except re.error as error:
-            raise RecipeError(f"{pattern!r} is not a regular expression: {error}", "mend it, or use * patterns") from error
+            raise RecipeError(
+                f"{pattern!r} is not a regular expression: {error}", "mend it, or use * patterns"
+            ) from error
     if pattern in KINDS:
         return layer.kind == KINDS[pattern]
     if pattern in ROLES and layer.role == pattern:

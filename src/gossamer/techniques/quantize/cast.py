@@ -28,6 +28,10 @@ class Cast(Technique):
 
     dtype: Literal["bf16", "fp16"] = searched("bf16", ["bf16", "fp16"], "the 16-bit format")
 
+    def label(self) -> str:
+        """Return the format: `cast bf16`."""
+        return f"cast {self.dtype}"
+
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return one decision for each layer that owns its weight."""
         return [

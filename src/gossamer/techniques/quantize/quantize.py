@@ -96,15 +96,25 @@ class Quantize(Technique):
             )
         return list(decisions.values())
 
+    def label(self) -> str:
+        """Return the grid in a few words: `int8 dynamic`, `int4 group 32 asymmetric of embedding`."""
+        words = [f"int{self.bits}"]
+        if self.group_size:
+            words.append(f"group {self.group_size}")
+        if not self.symmetric:
+            words.append("asymmetric")
+        words.append("weight-only" if self.activations == "none" else self.activations)
+        if "embedding" in self.targets:
+            words = [*words[:-1], "embeddings"]
+        return " ".join(words)
+
     def _weight_spec(self) -> QuantSpec:
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
 
     def _activation_spec(self, layer: LayerInfo) -> ActivationSpec | None:
         if self.activations == "none" or layer.kind == "embedding":
             return None
-        return ActivationSpec(
-            kind=self.activations, scope=self.activation_scope, symmetric=self.activation_symmetric
-        )
+        return ActivationSpec(kind=self.activations, scope=self.activation_scope, symmetric=self.activation_symmetric)
 
     def _check_group(self, layer: LayerInfo) -> None:
         inputs = torch.Size(layer.shape[1:]).numel()
@@ -183,7 +193,9 @@ class Quantize(Technique):
         return tuple(cls.domain("activations"))
 
     @classmethod
-    def _options(cls, space: SearchSpace, *, targets: tuple[str, ...], activations: tuple[str, ...]) -> Iterator[Quantize]:
+    def _options(
+        cls, space: SearchSpace, *, targets: tuple[str, ...], activations: tuple[str, ...]
+    ) -> Iterator[Quantize]:
         """Yield the settings from the search domains that the runtime can hold for these targets."""
         if not targets:
             return
@@ -208,7 +220,7 @@ class Quantize(Technique):
             inputs = torch.Size(layer.shape[1:]).numel()
             divides = not option.group_size or inputs % option.group_size == 0
             activation = option._activation_spec(layer)
-            reason = space.runtime.refusal(layer.kind, layer.shape, option._weight_spec(), activation)
+            reason = space.runtime.refusal(layer.role, layer.shape, option._weight_spec(), activation)
             all_parameters += layer.num_parameters
             if reason is None and divides:
                 kept_parameters += layer.num_parameters

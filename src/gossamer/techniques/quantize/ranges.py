@@ -121,9 +121,7 @@ def watching(module: nn.Module, ranges: Mapping[str, Range], *, histogram: bool)
             handle.remove()
 
 
-def collect_ranges(
-    module: nn.Module, names: Iterable[str], run: Iterable[Any], *, histogram: bool
-) -> dict[str, Range]:
+def collect_ranges(module: nn.Module, names: Iterable[str], run: Iterable[Any], *, histogram: bool) -> dict[str, Range]:
     """Return a Range for each named layer after `run` (an iterable that makes one forward pass an item).
 
     `run` is iterated once for extremes, and once more when a histogram is needed, so it must be re-iterable.

@@ -1,0 +1,57 @@
+"""Which recipes there are to choose from: every technique's own proposals, alone and one of each together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
+
+from gossamer.errors import RecipeError
+from gossamer.techniques.base import SearchSpace, Technique
+from gossamer.techniques.registry import recipe_of, resolve, techniques
+
+Steps = tuple[Technique, ...]
+MAX_RECIPES = 2000  # a bound on what is predicted, not on what is tried: predicting one costs microseconds
+
+
+def recipes(space: SearchSpace) -> list[Steps]:
+    """Return every recipe that the techniques propose for this model and runtime, in a stable order.
+
+    Runs of different techniques are combined in the order that their needs declare; combinations that exclude each
+    other are left out.
+    """
+    proposals = {name: list(technique.candidates(space)) for name, technique in techniques().items()}
+    names = [name for name, runs in proposals.items() if runs]
+    found: dict[Steps, None] = {}
+    for count in range(1, len(names) + 1):
+        for chosen in combinations(names, count):
+            for runs in product(*(proposals[name] for name in chosen)):
+                steps = _ordered(runs)
+                if steps is not None and len(found) < MAX_RECIPES:
+                    found[steps] = None
+    return list(found)
+
+
+def _ordered(runs: Sequence[Steps]) -> Steps | None:
+    """Return the runs one after another in the first order that their declared needs allow, None when there is none."""
+    for arrangement in _arrangements(list(runs)):
+        steps = tuple(step for run in arrangement for step in run)
+        try:
+            resolve(recipe_of(steps))
+        except RecipeError:
+            continue
+        return steps
+    return None
+
+
+def _arrangements(runs: list[Steps]) -> Iterator[list[Steps]]:
+    if len(runs) <= 1:
+        yield runs
+        return
+    for index, first in enumerate(runs):
+        for rest in _arrangements(runs[:index] + runs[index + 1 :]):
+            yield [first, *rest]
+
+
+def name_of(steps: Steps) -> str:
+    """Return a short name that tells recipes apart: `quantize int8 dynamic + quantize embedding int8`."""
+    return " + ".join(step.label() for step in steps)

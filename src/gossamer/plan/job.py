@@ -1,0 +1,117 @@
+"""A job: one model, one task, one runtime, the rows to calibrate and to judge on, and the run folder that remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from gossamer.models.roles import ModelMap
+from gossamer.models.source import Source
+from gossamer.run.progress import Progress
+from gossamer.run.workspace import Run
+from gossamer.runtimes.base import ExportRequest, Runtime
+from gossamer.runtimes.process import Served
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """Hold everything that the planner and the proof work on.
+
+    `calibration` are batches that techniques may look at, `evaluation` the held-out ones that the verdict rests on;
+    `latency_inputs` is the request whose time is the latency. `prints` are content hashes that steps are keyed by.
+    """
+
+    source: Source
+    task: Task
+    task_settings: Mapping[str, Any]
+    runtime: Runtime
+    run: Run
+    progress: Progress
+    model: ModelMap
+    calibration: tuple[Batch, ...]
+    evaluation: tuple[Batch, ...]
+    latency_inputs: Arrays
+    prints: Mapping[str, str]
+    threads: int
+    seed: int = 0
+    outputs: tuple[str, ...] = field(default=("logits",))
+
+    def request(self, runtime: Runtime | None = None) -> ExportRequest:
+        """Return what a runtime needs to write an artifact of this job's model."""
+        runtime = runtime or self.runtime
+        return ExportRequest(
+            task=self.task,
+            example=dict(self.evaluation[0].inputs),
+            axes={name: self.task.input_axes.get(name, {0: "batch"}) for name in self.evaluation[0].inputs},
+            outputs=self.outputs,
+            cache=_made(self.run.cache / runtime.name),
+        )
+
+    def serve(self, folder: Path, runtime: str | None = None) -> Served:
+        """Open an artifact in a child process of its own."""
+        return Served(
+            runtime or self.runtime.name,
+            folder,
+            threads=self.threads,
+            task_name=self.task.name,
+            task_settings=self.task_settings,
+        )
+
+    def step_inputs(self, **more: Any) -> dict[str, Any]:
+        """Return what identifies a step of this job: the model, the task, and whatever else the step depends on."""
+        return {"model": self.prints["model"], "task": self.task.name, "settings": dict(self.task_settings), **more}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class InMemory:
+    """Run a module in this process the way `Task.evaluate` wants it: arrays in, arrays out, float32."""
+
+    def __init__(self, source: Source, module: nn.Module, output: str) -> None:
+        self.source = source
+        self.module = module
+        self.output = output
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Return the scored output of one batch."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
+        with torch.inference_mode():
+            values = self.source.forward(self.module, tensors, self.output)
+        return {self.output: values.float().numpy()}
+
+
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write an evaluation as safetensors."""
+    arrays = {f"kept.{name}": np.ascontiguousarray(values) for name, values in evaluation.kept.items()}
+    named = {"scores": evaluation.scores, "divergence": evaluation.divergence, "agreement": evaluation.agreement}
+    for name, scores in named.items():
+        if scores is not None:
+            arrays[f"{name}.sums"] = np.ascontiguousarray(scores.sums)
+            arrays[f"{name}.weights"] = np.ascontiguousarray(scores.weights)
+    save_file(arrays, path)
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read what `save_evaluation` wrote."""
+    arrays = load_file(path)
+
+    def scores(name: str) -> Scores | None:
+        if f"{name}.sums" not in arrays:
+            return None
+        return Scores(sums=arrays[f"{name}.sums"], weights=arrays[f"{name}.weights"])
+
+    found = scores("scores")
+    assert found is not None
+    kept = {name.removeprefix("kept."): values for name, values in arrays.items() if name.startswith("kept.")}
+    return Evaluation(scores=found, kept=kept, divergence=scores("divergence"), agreement=scores("agreement"))

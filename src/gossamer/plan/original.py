@@ -1,0 +1,128 @@
+"""Measure the original: as its owner runs it today (PyTorch, float32), and unchanged in the runtime that will serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gossamer.measure.latency import time_in_turns
+from gossamer.measure.size import shipped_bytes
+from gossamer.measure.statistics import score_interval
+from gossamer.plan.job import Job, load_evaluation, save_evaluation
+from gossamer.plan.records import Figure, LatencyRecord, Original
+from gossamer.run.progress import Progress
+from gossamer.runtimes import get_runtime
+from gossamer.runtimes.manifest import artifact_files
+from gossamer.runtimes.process import Served
+from gossamer.tasks.base import Batch, Evaluation
+
+
+def original_folder(job: Job) -> tuple[str, Path]:
+    """Return (runtime, folder) that serve the original: the user's own folder, or an exported program of a module."""
+    if job.source.path is not None:
+        return "torch", job.source.path
+
+    def build(folder: Path) -> dict[str, Any]:
+        runtime = get_runtime("torch")
+        target = folder / "artifact"
+        target.mkdir()
+        runtime.write_original(job.source, target, job.request(runtime))
+        return {}
+
+    return "torch", job.run.step("original-program", job.step_inputs(), build).folder / "artifact"
+
+
+def score_original(job: Job) -> tuple[Evaluation, dict[str, Any]]:
+    """Return the original's evaluation on the held-out rows, and {seconds, memory}."""
+    runtime, folder = original_folder(job)
+
+    def build(step: Path) -> dict[str, Any]:
+        with job.serve(folder, runtime) as served:
+            evaluation = job.task.evaluate(served.run, reported(job.evaluation, job.progress, "scoring the original"))
+            seconds = timed(job, served, "timing the original")
+            memory = served.peak_memory()
+        save_evaluation(evaluation, step / "evaluation.safetensors")
+        return {"latency": seconds, "memory": memory}
+
+    inputs = job.step_inputs(rows=job.prints["evaluation"], threads=job.threads)
+    result = job.run.step("original", inputs, build)
+    return load_evaluation(result.folder / "evaluation.safetensors"), result.value
+
+
+def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the unchanged model in the serving runtime, and {latency, memory, seconds to write}."""
+
+    def write(step: Path) -> dict[str, Any]:
+        target = step / "artifact"
+        target.mkdir()
+        with job.progress.stage(f"exporting the original to {job.runtime.name}", None):
+            job.runtime.write_original(job.source, target, job.request())
+        return {}
+
+    def measure(step: Path) -> dict[str, Any]:
+        with job.serve(folder) as served:
+            return {
+                "latency": timed(job, served, f"timing the original in {job.runtime.name}"),
+                "memory": served.peak_memory(),
+            }
+
+    inputs = job.step_inputs(runtime=job.runtime.name)
+    folder = job.run.step("unchanged", inputs, write).folder / "artifact"
+    return folder, job.run.step("unchanged-timed", {**inputs, "threads": job.threads}, measure).value
+
+
+def describe_original(job: Job) -> tuple[Original, Evaluation]:
+    """Return the record of the original together with its scores."""
+    evaluation, measured = score_original(job)
+    folder, unchanged = unchanged_artifact(job)
+    metric = job.task.metric
+    interval = score_interval(evaluation.scores, metric.figure)
+    _, served_folder = original_folder(job)
+    files = job.source.shipped_files() if job.source.path is not None else artifact_files(served_folder)
+    record = Original(
+        metric=Figure(
+            value=interval.value,
+            low=interval.low,
+            high=interval.high,
+            n=interval.n,
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+        ),
+        size_bytes=shipped_bytes(files),
+        num_parameters=job.model.num_parameters,
+        macs=job.model.macs,
+        latency=LatencyRecord.model_validate(measured["latency"]),
+        memory_bytes=measured["memory"],
+        same_runtime_latency=LatencyRecord.model_validate(unchanged["latency"]),
+        same_runtime_bytes=shipped_bytes(artifact_files(folder)),
+    )
+    return record, evaluation
+
+
+def timed(job: Job, served: Served, label: str) -> dict[str, Any]:
+    """Return the latency record, as JSON, of one served artifact."""
+    with job.progress.stage(label, None):
+        found = time_in_turns(served, None, job.latency_inputs, None)
+    return latency_record(found.a).model_dump(mode="json")
+
+
+def latency_record(distribution: Any) -> LatencyRecord:
+    """Return a measured distribution as the record that is kept."""
+    return LatencyRecord(
+        samples=tuple(float(seconds) for seconds in distribution.samples),
+        p50=distribution.p50,
+        p95=distribution.p95,
+        p99=distribution.p99,
+        mean=distribution.mean,
+        throughput=distribution.throughput,
+    )
+
+
+def reported(batches: Iterable[Batch], progress: Progress, label: str) -> Iterator[Batch]:
+    """Yield batches and report each one as it is taken."""
+    batches = list(batches)
+    with progress.stage(label, len(batches)) as advance:
+        for batch in batches:
+            yield batch
+            advance(1)

@@ -1,0 +1,132 @@
+"""Predict a recipe's size, latency, memory and quality from the measured tables, without building it.
+
+    size      sum over parameters of the bytes that the runtime's file needs, exactly, + what the unchanged file holds besides
+    latency   latency of the unchanged model in the runtime + sum over layers (seconds(new format) - seconds(float32))
+    memory    peak of the unchanged model in the runtime - float32 bytes + new bytes
+    KL        sum of the effects of the steps alone (errors of small size are nearly independent)
+    quality   a likelihood metric loses exp(-KL): the expected log-likelihood loss under the original is the KL itself;
+              an accuracy loses at most the share of answers that change, which is both measured (1 - agreement) and
+              bounded by sqrt(KL / 2) (Pinsker's inequality): the smaller of the two
+
+Each figure is corrected by what was measured of earlier candidates: factors on the latency and on the lost quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp, log, sqrt
+
+from gossamer.models.roles import ModelMap
+from gossamer.plan.profile import Profile, layer_formats
+from gossamer.plan.records import Original, Prediction
+from gossamer.runtimes.base import Runtime
+from gossamer.techniques.base import Decision, Technique
+
+FLOAT_BYTES = 4
+CAST_BYTES = {"bf16": 2, "fp16": 2}
+
+
+@dataclass
+class Corrections:
+    """Hold what measuring taught: log-factors on latency (by activation format) and on the lost quality."""
+
+    latency: dict[str, float] = field(default_factory=dict)
+    quality: float = 0.0
+
+    def learn(self, formats: str, predicted: Prediction, latency_share: float, quality_share: float) -> None:
+        """Take one measured candidate in: the next prediction of its kind starts from what was seen."""
+        self.latency[formats] = self.latency.get(formats, 0.0) + log(latency_share / predicted.latency_share)
+        lost, expected = max(1e-4, 1 - quality_share), max(1e-4, 1 - predicted.quality_share)
+        self.quality += 0.5 * log(lost / expected)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Hold everything that predictions are made from."""
+
+    model: ModelMap
+    runtime: Runtime
+    original: Original
+    profile: Profile
+    likelihood_metric: bool
+    unchanged_memory: int
+    proof_seconds: float  # of writing, checking, scoring and timing the unchanged model
+
+
+def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections | None = None) -> Prediction:
+    """Return what a recipe is expected to reach."""
+    corrections = corrections or Corrections()
+    decisions = [decision for step in steps for decision in step.resolve(tables.model)]
+    size = predicted_bytes(tables, decisions)
+    latency = predicted_latency(tables, decisions) * exp(corrections.latency.get(format_key(decisions), 0.0))
+    kl = sum(tables.profile.effects[step].kl for step in steps)
+    lost = predicted_loss(tables, steps, kl) * exp(corrections.quality)
+    unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
+    return Prediction(
+        quality_share=1 - lost,
+        kl=kl,
+        size_bytes=size,
+        latency_seconds=latency,
+        latency_share=latency / tables.original.latency.p50,
+        memory_bytes=max(size, tables.unchanged_memory - unchanged_bytes + size),
+        seconds=tables.proof_seconds,
+    )
+
+
+def predicted_loss(tables: Tables, steps: Sequence[Technique], kl: float) -> float:
+    """Return the share of quality that the steps are expected to lose."""
+    if tables.likelihood_metric:
+        return 1 - exp(-kl)
+    changed = sum(1 - tables.profile.effects[step].agreement for step in steps)
+    return min(changed if changed > 0 else 1.0, sqrt(kl / 2))
+
+
+def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
+    """Return the bytes of the files that the recipe would ship."""
+    unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
+    specs: dict[str, Decision] = {}
+    dtype_bytes = FLOAT_BYTES
+    for decision in decisions:
+        if decision.weight is not None:
+            specs[decision.parameter] = decision
+        elif decision.dtype is not None:
+            dtype_bytes = CAST_BYTES.get(decision.dtype, FLOAT_BYTES)
+    saved = 0
+    for layer in tables.model.layers:
+        if layer.tied_to is not None:
+            continue
+        decision = specs.get(f"{layer.name}.weight")
+        held = tables.runtime.stored_bytes(layer.role, layer.shape, decision.weight if decision else None, dtype_bytes)
+        saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, FLOAT_BYTES) - held
+    return unchanged_bytes - saved
+
+
+def predicted_latency(tables: Tables, decisions: Sequence[Decision]) -> float:
+    """Return the seconds of one request: the unchanged model's, with the layers' differences added up."""
+    unchanged = tables.original.same_runtime_latency or tables.original.latency
+    before = layer_formats(tables.model, [], tables.profile.shapes)
+    after = layer_formats(tables.model, decisions, tables.profile.shapes)
+    seconds = tables.profile.seconds
+    change = sum(seconds.get(after[name], seconds[before[name]]) - seconds[before[name]] for name in before)
+    return max(0.05 * unchanged.p50, unchanged.p50 + change)
+
+
+def format_key(decisions: Sequence[Decision]) -> str:
+    """Return which kind of arithmetic a recipe uses: what a latency correction carries over to."""
+    kinds = {f"{d.weight.bits if d.weight else ''}{d.activation.kind if d.activation else ''}" for d in decisions}
+    return "+".join(sorted(kinds))
+
+
+def as_figures(prediction: Prediction, original: Original) -> Mapping[str, float]:
+    """Return a prediction by the names that goals use, in base units and as ratios."""
+    return {
+        "quality ratio": prediction.quality_share,
+        "size": prediction.size_bytes,
+        "latency p50": prediction.latency_seconds,
+        "latency p50 ratio": prediction.latency_share,
+        "memory": prediction.memory_bytes,
+        "params": original.num_parameters,
+        "flops": 2 * original.macs,
+        "throughput": 1 / prediction.latency_seconds,
+    }

@@ -1,0 +1,293 @@
+"""Try the most promising recipe, measure its artifact, learn from the difference, until the goal is met or cannot be.
+
+A prediction is compared with each bound in units of how far predictions of that quantity usually miss; the worst of
+these is a recipe's promise. The search ends at the first PASS (with an objective: the first in the objective's order
+among those that are likely to pass), when nothing left can pass, when the time is spent, or after `max_candidates`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gossamer.errors import RuntimeUnavailable, TechniqueError
+from gossamer.goal import Goal, Judgement, Verdict, binding, judge, overall, violation
+from gossamer.measure.statistics import needed_samples
+from gossamer.plan.candidates import Steps, name_of
+from gossamer.plan.job import Job
+from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict
+from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
+from gossamer.plan.records import Figure, Judged, Measured, Original, Prediction, Tried
+from gossamer.tasks.base import Evaluation
+
+# how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
+USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
+LIKELY, HOPELESS = 1.0, -2.5
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Hold a recipe with its prediction and how likely it is to meet the goal."""
+
+    steps: Steps
+    prediction: Prediction
+    promise: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hold what a search came to: everything tried, what was left, the index of the best, the verdict and why."""
+
+    tried: tuple[Tried, ...]
+    not_tried: tuple[Tried, ...]
+    chosen: int | None
+    verdict: Verdict
+    reason: str
+
+
+def rank(goal: Goal, tables: Tables, recipes: Sequence[Steps], corrections: Corrections) -> list[Ranked]:
+    """Return recipes with predictions, most promising first."""
+    ranked = []
+    for steps in recipes:
+        prediction = predict(tables, steps, corrections)
+        ranked.append(Ranked(steps, prediction, promise(goal, prediction, tables.original)))
+    return sorted(ranked, key=lambda item: _order(goal, item))
+
+
+def _order(goal: Goal, item: Ranked) -> tuple[float, ...]:
+    """Return the sort key: likely ones first, by the objective if there is one, else by promise; then by bytes."""
+    likely = item.promise >= LIKELY
+    prediction = item.prediction
+    if goal.objective is not None and likely:
+        wanted = {
+            "size": float(prediction.size_bytes),
+            "quality": -prediction.quality_share,
+            "latency": prediction.latency_seconds,
+            "throughput": prediction.latency_seconds,
+            "memory": float(prediction.memory_bytes),
+        }.get(goal.objective.quantity, 0.0)
+        return (0.0, wanted, -item.promise)
+    return (0.0 if likely else 1.0, -item.promise, prediction.kl, float(prediction.size_bytes))
+
+
+def promise(goal: Goal, prediction: Prediction, original: Original) -> float:
+    """Return the worst distance of a prediction to a bound, in usual misses; positive when every bound is met."""
+    worst = 4.0
+    for judgement in judge_prediction(goal, prediction, original):
+        quantity = judgement.constraint.quantity
+        miss = USUAL_MISS.get(quantity, 0.01)
+        if quantity == "quality":
+            miss += 0.5 * (1 - prediction.quality_share)
+        worst = min(worst, judgement.margin / miss)
+    return worst
+
+
+def judge_prediction(goal: Goal, prediction: Prediction, original: Original) -> list[Judgement]:
+    """Judge a prediction as if it had been measured exactly; the run's own time is not judged here."""
+    figures = {name: Figure.exact(value, "") for name, value in as_figures(prediction, original).items()}
+    unchanged = original.same_runtime_latency or original.latency
+    for statistic in ("p95", "p99", "mean"):
+        stretch = getattr(unchanged, statistic) / unchanged.p50
+        seconds = prediction.latency_seconds * stretch
+        figures[f"latency {statistic}"] = Figure.exact(seconds, "s")
+        figures[f"latency {statistic} ratio"] = Figure.exact(seconds / getattr(original.latency, statistic), "")
+    metric = original.metric.value
+    share = prediction.quality_share
+    figures["quality"] = Figure.exact(metric * share if original.metric.higher_is_better else metric / share, "")
+    judged = _without_time(goal)
+    return judge(judged, figures, original_values(original)) if judged is not None else []
+
+
+def judge_measured(goal: Goal, measured: Measured, original: Original) -> list[Judgement]:
+    """Judge a measured artifact; paired ratios are used where they were measured."""
+    figures: dict[str, Figure] = dict(measured.figures)
+    figures["quality ratio"] = figures["quality"]  # the record's `quality` is the paired share,
+    figures["quality"] = figures["metric"]  # the goal's absolute `quality` is the metric's own value
+    judged = _without_time(goal)
+    return judge(judged, figures, original_values(original)) if judged is not None else []
+
+
+def original_values(original: Original) -> Mapping[str, float]:
+    """Return the original's figures by the names that goals use, in base units."""
+    return {
+        "quality": original.metric.value,
+        "size": original.size_bytes,
+        "latency p50": original.latency.p50,
+        "latency p95": original.latency.p95,
+        "latency p99": original.latency.p99,
+        "latency mean": original.latency.mean,
+        "throughput": original.latency.throughput,
+        "memory": original.memory_bytes,
+        "params": original.num_parameters,
+        "flops": 2 * original.macs,
+    }
+
+
+def _without_time(goal: Goal) -> Goal | None:
+    """Return the goal's bounds on the artifact: `time` bounds the run. None when nothing is left."""
+    kept = tuple(constraint for constraint in goal.constraints if constraint.quantity != "time")
+    return goal.model_copy(update={"constraints": kept}) if kept else None
+
+
+def time_budget(goal: Goal) -> float | None:
+    """Return the seconds that the goal allows the run, or None."""
+    return next((constraint.bound for constraint in goal.constraints if constraint.quantity == "time"), None)
+
+
+class Search:
+    """Try recipes one after another; every finished step is in the run, so a killed search goes on."""
+
+    def __init__(self, job: Job, goal: Goal, tables: Tables, reference: Evaluation) -> None:
+        self.job = job
+        self.goal = goal
+        self.tables = tables
+        self.reference = reference
+        self.corrections = Corrections()
+        self.tried: list[Tried] = []
+        self.judgements: list[list[Judgement]] = []
+
+    def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
+        """Return what was found. `deadline` is a time.monotonic() value after which no further recipe is begun."""
+        left = list(recipes)
+        stop = "no recipe is left"
+        while left:
+            ranked = rank(self.goal, self.tables, left, self.corrections)
+            best = ranked[0]
+            if self.tried and best.promise < HOPELESS:
+                stop = "no recipe that is left is predicted to meet the goal"
+                break
+            if len(self.tried) >= max_candidates:
+                stop = f"{max_candidates} candidates were tried"
+                break
+            if self.tried and deadline is not None and time.monotonic() > deadline:
+                stop = "the time is spent"
+                break
+            left.remove(best.steps)
+            self._try(best)
+            if self.tried[-1].verdict == Verdict.PASS:
+                break
+        not_tried = [self._as_untried(item) for item in rank(self.goal, self.tables, left, self.corrections)]
+        return self._conclude(stop, not_tried)
+
+    def _try(self, item: Ranked) -> None:
+        """Build, check, measure and judge one recipe; a refusal is recorded, never swallowed."""
+        began = time.monotonic()
+        self.job.progress.say(f"trying {name_of(item.steps)}")
+        tried, judgements = self._as_untried(item), []
+        try:
+            decisions = [decision for step in item.steps for decision in step.resolve(self.job.model)]
+            refusal = refused_by(self.job.runtime, decisions)
+            if refusal is not None:
+                raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
+            tried, judgements = prove(
+                self.job, self.goal, item.steps, item.prediction, self.tables.original, self.reference
+            )
+            if tried.measured is not None and not tried.rejected:
+                figures = tried.measured.figures
+                ratio, share = figures["latency p50 ratio"].value, figures["quality"].value
+                self.corrections.learn(format_key(decisions), item.prediction, ratio, share)
+        except (RuntimeUnavailable, TechniqueError) as error:
+            tried = tried.model_copy(update={"rejected": error.message})
+        tried = tried.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
+        self.job.progress.say(_line(tried))
+        self.job.run.record("tried", name=tried.name, verdict=tried.verdict, rejected=tried.rejected)
+        self.tried.append(tried)
+        self.judgements.append(judgements)
+
+    def _as_untried(self, item: Ranked) -> Tried:
+        return Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
+
+    def _conclude(self, stop: str, not_tried: list[Tried]) -> Found:
+        sound = [index for index, tried in enumerate(self.tried) if tried.measured is not None and not tried.rejected]
+        passed = [index for index in sound if self.tried[index].verdict == Verdict.PASS]
+        if passed:
+            chosen = passed[-1]
+            reason = f"{self.tried[chosen].name} meets every bound"
+            return Found(tuple(self.tried), tuple(not_tried), chosen, Verdict.PASS, reason)
+        if not sound:
+            why = (
+                "; ".join(tried.rejected for tried in self.tried[:3]) or "no technique proposes anything for this model"
+            )
+            return Found(tuple(self.tried), tuple(not_tried), None, Verdict.FAIL, f"no candidate could be built: {why}")
+        chosen = min(sound, key=lambda index: self.tried[index].violation)
+        judgements = self.judgements[chosen]
+        verdict = overall(judgements)
+        worst = binding(judgements)
+        why = next(judgement.why for judgement in judgements if judgement.constraint == worst)
+        reason = f"{stop}; `{worst}` stands in the way of the nearest, {self.tried[chosen].name}: {why}"
+        if verdict is Verdict.UNDECIDED:
+            reason += self._what_would_decide(chosen)
+        return Found(tuple(self.tried), tuple(not_tried), chosen, verdict, reason)
+
+    def _what_would_decide(self, chosen: int) -> str:
+        """Return how many more held-out samples would decide a quality bound, as half a sentence."""
+        for judgement in self.judgements[chosen]:
+            constraint = judgement.constraint
+            if constraint.quantity == "quality" and judgement.verdict is Verdict.UNDECIDED and constraint.relative:
+                folder = self.job.run.folder / "steps" / self.tried[chosen].folder.split("/")[1]
+                scores = score_artifact(self.job, folder, self.reference).scores
+                needed = needed_samples(scores, self.reference.scores, self.job.task.metric, judgement.bound)
+                if needed is not None:
+                    return f"; about {needed} more samples needed"
+                return "; more samples are not expected to help"
+        return ""
+
+
+def prove(
+    job: Job, goal: Goal | None, steps: Steps, prediction: Prediction, original: Original, reference: Evaluation
+) -> tuple[Tried, list[Judgement]]:
+    """Return one recipe built, checked, measured and judged. An artifact that computes something else is rejected."""
+    built = build_artifact(job, steps)
+    equivalence, tensors = check_artifact(job, built)
+    measured = measure(job, built.folder, equivalence, tensors, original, reference)
+    judgements = judge_measured(goal, measured, original) if goal is not None else []
+    tried = Tried(
+        name=name_of(steps),
+        recipe=steps_recipe(steps),
+        predicted=prediction,
+        measured=measured,
+        judgements=tuple(as_record(judgement) for judgement in judgements),
+        verdict=overall(judgements).value if judgements else "PASS",
+        violation=violation(judgements),
+        folder=f"steps/{built.folder.name}/artifact",
+    )
+    wrong = [row.parameter for row in tensors if not row.agrees]
+    if wrong:
+        return replace_verdict(
+            tried, f"the file does not hold what the recipe says of {', '.join(wrong[:3])}"
+        ), judgements
+    if not equivalence.passed:
+        return replace_verdict(
+            tried,
+            f"re-opened in {job.runtime.name}, its outputs differ from the in-memory model's by "
+            f"{equivalence.relative_error:.2%}; {equivalence.allowed:.2%} is allowed",
+        ), judgements
+    return tried, judgements
+
+
+def replace_verdict(tried: Tried, rejected: str) -> Tried:
+    """Return the record as a failed one, with the reason."""
+    return tried.model_copy(update={"rejected": rejected, "verdict": "FAIL"})
+
+
+def as_record(judgement: Judgement) -> Judged:
+    """Return a judgement in the words and numbers that a person reads."""
+    return Judged(
+        constraint=str(judgement.constraint),
+        verdict=judgement.verdict.value,
+        value=judgement.value,
+        low=judgement.low,
+        high=judgement.high,
+        bound=judgement.bound,
+        margin=judgement.margin,
+        why=judgement.why,
+    )
+
+
+def _line(tried: Tried) -> str:
+    """Return one line about a tried candidate."""
+    if tried.rejected:
+        return f"{tried.name}: rejected: {tried.rejected}"
+    reasons = "; ".join(judged.why for judged in tried.judgements)
+    return f"{tried.name}: {tried.verdict}: {reasons}"
