@@ -1,1 +1,20 @@
-"""See the docs."""
+"""Rows in: csv, tsv, jsonl, parquet, folders of images, Hugging Face datasets; columns by role; disjoint splits."""
+
+from gossamer.data.columns import bind_columns, choose_columns
+from gossamer.data.rows import read_rows
+from gossamer.data.splits import Splits, row_key, split_rows, without_overlap
+from gossamer.data.table import PLACE, Row, Table, place_of
+
+__all__ = [
+    "PLACE",
+    "Row",
+    "Splits",
+    "Table",
+    "bind_columns",
+    "choose_columns",
+    "place_of",
+    "read_rows",
+    "row_key",
+    "split_rows",
+    "without_overlap",
+]

@@ -51,7 +51,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Scores:
-    """Hold one score for each sample: `sums` [N] and `weights` [N], sample i of one model beside sample i of another."""
+    """Hold one score for each sample, `sums` [N] and `weights` [N]; sample i of one model pairs with i of another."""
 
     sums: NDArray[np.float64]
     weights: NDArray[np.float64]
@@ -84,6 +84,7 @@ class Task(ABC):
     output: ClassVar[str] = "logits"  # the output that is scored
     metric: ClassVar[Metric]
     columns: ClassVar[dict[str, tuple[str, ...]]]  # role of a column -> names that are recognised as it
+    optional_columns: ClassVar[frozenset[str]] = frozenset()  # roles that a row may do without
     input_axes: ClassVar[dict[str, dict[int, str]]]  # input -> {axis: name} of axes that may vary; what exporters need
 
     @abstractmethod

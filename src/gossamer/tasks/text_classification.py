@@ -1,0 +1,97 @@
+"""Text classification: one text (or a pair) in, one of the model's classes out; scored by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from gossamer.data.table import place_of
+from gossamer.errors import DataError, TaskError
+from gossamer.tasks.base import Arrays, Batch, Row
+from gossamer.tasks.classification import LABEL_NAMES, Classification, labels_of
+from gossamer.tasks.tokens import accepted_inputs, check_length, median_request
+
+if TYPE_CHECKING:
+    from gossamer.models.source import Source
+
+_AXES = {0: "batch", 1: "sequence"}
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class TextClassification(Classification):
+    """Set how texts become tokens: longer ones are cut to `max_length`; a timed request has `latency_tokens` tokens.
+
+    Without `latency_tokens` a timed request is the row of median length as it is.
+
+    >>> task = TextClassification(max_length=128, latency_tokens=128)
+    """
+
+    max_length: Annotated[int, Field(ge=1)] = 128
+    latency_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    name: ClassVar[str] = "text-classification"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": (
+            "sentence", "sentence1", "premise", "question", "question1", "content", "review", "body", "message",
+            "document", "article", "tweet", "comment", "utterance", "query", "text1",
+        ),
+        "text_pair": ("sentence2", "hypothesis", "question2", "text2", "passage"),
+        "label": LABEL_NAMES,
+    }  # fmt: skip
+    optional_columns: ClassVar[frozenset[str]] = frozenset({"text_pair"})
+    input_axes: ClassVar[dict[str, dict[int, str]]] = dict.fromkeys(
+        ("input_ids", "attention_mask", "token_type_ids"), _AXES
+    )
+
+    def batches(self, rows: Sequence[Row], source: Source, *, batch_size: int = 1) -> list[Batch]:
+        """Return tokenised rows in their order, padded to the longest of each batch (one row: no padding), as int64."""
+        tokenizer = source.processor()
+        check_length(self.max_length, "max_length", source, tokenizer)
+        if not rows:
+            raise DataError("there are no rows", "give at least one row")
+        labels_N = labels_of(rows, source)
+        names = accepted_inputs(source, tokenizer.model_input_names)
+        if batch_size > 1 and tokenizer.pad_token is None:
+            raise TaskError(f"the tokenizer of {source.name} has no padding token", "use batch_size=1, or give it one")
+        found = []
+        for start in range(0, len(rows), batch_size):
+            stop = min(start + batch_size, len(rows))
+            encoded = tokenizer(
+                [_text(rows[index], "text", index) for index in range(start, stop)],
+                _pairs(rows, start, stop),
+                truncation=True,
+                max_length=self.max_length,
+                padding="longest" if stop - start > 1 else False,
+                return_tensors="np",
+            )
+            inputs: Arrays = {name: encoded[name].astype(np.int64) for name in names if name in encoded}
+            targets = {} if labels_N is None else {"labels": labels_N[start:stop]}
+            found.append(Batch(inputs, np.arange(start, stop), targets))
+        return found
+
+    def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
+        """Return the row of median length, batch 1, made `latency_tokens` tokens long when that is set."""
+        if self.latency_tokens is not None and self.latency_tokens > self.max_length:
+            raise TaskError(
+                f"latency_tokens {self.latency_tokens} is more than max_length {self.max_length}",
+                f"no request is that long: raise max_length to {self.latency_tokens}",
+            )
+        return median_request(batches, self.latency_tokens)
+
+
+def _text(row: Row, role: str, index: int) -> str:
+    text: Any = row.get(role)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{place_of(row, index)}: the {role} is empty", "remove the row, or fill it in")
+    return text
+
+
+def _pairs(rows: Sequence[Row], start: int, stop: int) -> list[str] | None:
+    if not any("text_pair" in rows[index] for index in range(start, stop)):
+        return None
+    return [_text(rows[index], "text_pair", index) for index in range(start, stop)]
