@@ -39,7 +39,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,9 @@ from scipy import stats
 
 from gossamer.errors import MeasureError
 from gossamer.measure.types import Interval, Op
-from gossamer.tasks.base import Metric, Scores
+
+if TYPE_CHECKING:
+    from gossamer.tasks.base import Metric, Scores
 
 Floats = NDArray[np.float64]
 LARGE = 5_000  # samples; beyond, the correction is invisible and its n leave-one-out figures of n cost seconds

@@ -12,20 +12,15 @@ nothing.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from math import ceil, isfinite
+from typing import TYPE_CHECKING
 
+from gossamer.goal import Verdict
 from gossamer.measure.statistics import needed_samples, paired_quality
 from gossamer.measure.types import Frozen, Interval, Op
-from gossamer.tasks.base import Metric, Scores
 
-
-class Verdict(StrEnum):
-    """Say whether a bound is met, is not met, or cannot be told yet."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    UNDECIDED = "UNDECIDED"
+if TYPE_CHECKING:
+    from gossamer.tasks.base import Metric, Scores
 
 
 class Decision(Frozen):

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from gossamer.models.candidate import Candidate
-from gossamer.models.quantized import ActivationSpec, QuantSpec
-from gossamer.tasks.base import Arrays, Task
-
+# types only: a process that serves an artifact should hold what the runtime needs, not torch and every task
 if TYPE_CHECKING:
+    from gossamer.models.candidate import Candidate
+    from gossamer.models.quantized import ActivationSpec, QuantSpec
     from gossamer.models.source import Source
+    from gossamer.tasks.base import Arrays, Task
 
 
 @dataclass(frozen=True)
@@ -98,4 +98,6 @@ class Runtime(ABC):
 
     def write_original(self, source: Source, folder: Path, request: ExportRequest) -> None:
         """Write the unchanged model for this runtime; the base of the same-runtime ratio."""
+        from gossamer.models.candidate import Candidate
+
         self.write(Candidate(source=source, module=source.module(request.task)), folder, request)

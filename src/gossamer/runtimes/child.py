@@ -1,8 +1,8 @@
-"""The child's side of `gossamer.runtimes.process`: open one artifact, then answer run / time / memory till the pipe ends.
+"""The child's side of `gossamer.runtimes.process`: open one artifact, then answer run / time / memory to its end.
 
 Started as `python -m gossamer.runtimes.child PARENT_PID`. Frames come in on what was standard input and go out on what
-was standard output; libraries that print reach standard error instead. Heavy imports wait until the first frame, so that
-the memory before them is known.
+was standard output; libraries that print reach standard error instead. Heavy imports wait until an artifact is opened,
+so that this process holds what the runtime needs and no more.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process with its parent, even while stopped (Linux; elsewhere the pipe's end does)."""
+    """Ask the kernel to kill this process with its parent, even while stopped (off Linux the pipe's end does)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we could ask

@@ -20,12 +20,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 from gossamer.errors import MeasureError
 from gossamer.measure.types import MemoryUse
 from gossamer.runtimes.frames import BadFrame, Header, pack_arrays, pack_frame, read_frame, unpack_arrays
-from gossamer.tasks.base import Arrays
+
+if TYPE_CHECKING:
+    from gossamer.tasks.base import Arrays
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # glibc returns large freed blocks to the kernel and faults them in again at the next request, which slows plain PyTorch
@@ -47,8 +49,8 @@ class Served:
             print(served.peak_memory())
 
     `runtime` is a known name or `package.module:Class`; `task_name` and `task_settings` rebuild the task in the child
-    (None: the runtime opens without); `cpus` pins the child to these cores where the system can (default: this
-    process's own). `threads` is what the runtime may use.
+    (None: the runtime opens without, and the child is lighter by what tasks import); `cpus` pins the child to these
+    cores where the system can (default: this process's own); `threads` is what the runtime may use.
     Every failure (the artifact does not open, the child crashes, hangs longer than `timeout` seconds, or raises) is a
     MeasureError that carries the child's message, hint, and the end of its standard error. The child dies with the
     thread that made this object.
