@@ -10,6 +10,7 @@ written twice is an error and not the last one wins.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -22,6 +23,7 @@ from gossamer.errors import RecipeError
 
 SHAPE = "a recipe is a list of steps, each `- technique: {setting: value}`"
 TOP_KEYS = ("recipe", "name", "description")
+MAX_DEPTH = 50
 PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
@@ -102,7 +104,8 @@ class Recipe(BaseModel):
         steps = self.entries()
         named = {key: text for key, text in (("name", self.name), ("description", self.description)) if text}
         whole = {**named, "recipe": steps} if named else steps
-        return yaml.dump(whole, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=100)
+        readable = json.dumps(whole, ensure_ascii=False).isprintable()  # PyYAML loses U+0085 unless it is escaped
+        return yaml.dump(whole, Dumper=_PlainDumper, sort_keys=False, allow_unicode=readable, width=100)
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe as a YAML file. Raises RecipeError when it cannot be written."""
@@ -131,9 +134,13 @@ class _PlainDumper(yaml.SafeDumper):
 def _compose(text: str, origin: str) -> Node:
     """Parse YAML into nodes that know their lines, and check every one of them."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # the parser recurses, and takes quadratic time over deep nesting
+                raise RecipeError(f"{origin}, line {line}: nested deeper than {MAX_DEPTH} levels", SHAPE)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise RecipeError(f"{origin}, line {line}: anchors and aliases are not taken", "write it out in full")
         top = yaml.compose(text, Loader=yaml.SafeLoader)
         if top is None:
@@ -146,8 +153,6 @@ def _compose(text: str, origin: str) -> Node:
         line = mark.line + 1 if mark else 1
         what = error.problem or error.context
         raise RecipeError(f"{origin}, line {line}: not valid YAML: {what}", SHAPE) from error
-    except RecursionError as error:
-        raise RecipeError(f"{origin} is nested too deeply", SHAPE) from error
     return top
 
 
