@@ -17,7 +17,8 @@ class LayerInfo:
 
     `name` is the module's name, `shape` that of its weight as [out, in...] (a Conv1D's stored [in, out] is turned),
     `block` the index of the block that it belongs to within `stack`, `tied_to` the parameter whose storage it shares
-    (only on the later one), `macs` the multiply-accumulates of one example request.
+    (only on the later one), `macs` the multiply-accumulates of one example request. `num_parameters` counts a tied
+    tensor on the earlier layer only, so that the sum over layers is the model's total.
     """
 
     name: str
