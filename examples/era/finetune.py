@@ -96,6 +96,7 @@ def finetune(encoder: Path, target: Path) -> dict[str, str | int | float]:
                 per_device_eval_batch_size=32,
                 train_sampling_strategy="group_by_length",
                 dataloader_pin_memory=False,
+                disable_tqdm=False,  # a bar with the time left, although other messages are off
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",
