@@ -1,0 +1,349 @@
+"""The canonical artifact: a Hugging Face folder that stock `from_pretrained` loads, with no gossamer installed.
+
+Files: config.json (with compressed-tensors' `quantization_config` when anything is quantized), model.safetensors (in
+shards above 5 GB), and the tokenizer or processor files of the source. Parameters keep the names that they have in
+the model. How codes lie in the file is told at the top of torch_lowering.py.
+
+A compressed folder is decompressed by compressed-tensors once, on the first forward pass; after that every weight is
+dense in memory, so this runtime saves bytes on disk and not in memory. `CompressedTensorsConfig(dequantize=True)` is
+not used: transformers 5.23 decompresses every layer with the settings of the first group there.
+
+A model that is not from Hugging Face is stored as a torch.export program instead (torch_export.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gossamer.errors import ArtifactError, RuntimeUnavailable
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.runtimes import torch_lowering as lowering
+from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
+from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
+from gossamer.tasks.base import Arrays, Task
+
+METADATA = {"format": "pt", "written_by": "gossamer"}
+MAX_SHARD_SIZE = "5GB"
+FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+# layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
+UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
+
+
+class TorchSession(Session):
+    """A module of transformers that runs on arrays."""
+
+    def __init__(self, module: nn.Module, outputs: tuple[str, ...] | None) -> None:
+        self._module = module
+        self._outputs = outputs
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Return the outputs by name; floating-point outputs as float32."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+        with torch.inference_mode():
+            found = self._module(**tensors)
+        names = self._outputs or [name for name, value in found.items() if isinstance(value, Tensor)]
+        return {name: to_array(found[name]) for name in names}
+
+
+def to_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor as an array, floating-point values as float32."""
+    array: np.ndarray[Any, Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+class TorchFolder(Runtime):
+    """Write and open Hugging Face folders whose quantized layers are held by compressed-tensors."""
+
+    name: ClassVar[str] = "torch"
+    files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "*.pt2")
+
+    def refusal(
+        self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
+    ) -> str | None:
+        """Return why a layer cannot be held like this, or None when it can."""
+        if spec is None:
+            return "a layer's inputs can be rounded only together with its weight" if activation else None
+        if role in UNSUPPORTED_ROLES or len(shape) != 2:
+            kind = UNSUPPORTED_ROLES.get(role, f"a weight of {len(shape)} dimensions")
+            return f"compressed-tensors holds linear and embedding layers only, not {kind}"
+        if spec.group_size and shape[1] % spec.group_size:
+            return f"group_size {spec.group_size} does not divide in_features {shape[1]}"
+        if activation is None:
+            return None
+        if role == "embedding":
+            return "the inputs of an embedding are row numbers: there is nothing to round"
+        if activation.kind == "dynamic" and activation.symmetric:
+            return (
+                "compressed-tensors divides a dynamic symmetric range by 127.5, not 127: results would differ "
+                "from the model that was judged; use an asymmetric range"
+            )
+        if activation.scope == "token" and role == "classifier":
+            return "compressed-tensors rounds 2-dimensional inputs per tensor, not per token"
+        return None
+
+    def stored_bytes(
+        self,
+        role: str,
+        shape: tuple[int, ...],
+        spec: QuantSpec | None,
+        dtype_bytes: int,
+        *,
+        activation: ActivationSpec | None = None,
+        tied: bool = False,
+    ) -> int:
+        """Return the bytes of one parameter in the file; a layer whose inputs are rounded and a shared table take int8.
+
+        >>> TorchFolder().stored_bytes("q", (64, 64), QuantSpec(bits=4, group_size=32), 4)
+        2576
+        """
+        if spec is None:
+            return int(np.prod(shape, dtype=np.int64)) * dtype_bytes
+        layout = lowering.layout_of(activation, tied)
+        return lowering.layer_bytes(shape, spec, dtype_bytes, layout, copies=2 if tied else 1)
+
+    def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
+        """Write config.json, safetensors and processor files; the codes are stored as they are.
+
+        Raises RuntimeUnavailable when a layer is of a kind that the format cannot hold.
+        """
+        if candidate.source.path is None:
+            TorchExport().write(candidate, folder, request)
+            return
+        layers = _layers(candidate)
+        tensors = _state(candidate, layers)
+        config = _config(candidate.module, candidate.dtype)
+        if layers:
+            settings = {
+                name: (spec, activation, layout, candidate.quantized[parameter].shape[1])
+                for name, (spec, activation, layout, parameter) in layers.items()
+            }
+            config["quantization_config"] = lowering.quantization_config(settings, _untouched(candidate, layers))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _save(tensors, folder)
+        for path in candidate.source.shipped_files():
+            if path.suffix not in WEIGHT_SUFFIXES and path.name != "config.json" and ".index." not in path.name:
+                shutil.copyfile(path, folder / path.name)
+
+    def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
+        """Open a folder with stock transformers, evaluation mode, its default attention.
+
+        A folder that gossamer did not write (the user's own model) runs in float32, whatever it is stored in.
+        """
+        torch.set_num_threads(threads)
+        if (folder / PROGRAM_FILE).exists():
+            return TorchExport().open(folder, threads=threads, task=task)
+        if not (folder / "config.json").exists():
+            raise ArtifactError(f"{folder} holds neither config.json nor {PROGRAM_FILE}", "name a model folder")
+        auto_class = getattr(transformers, task.auto_class) if task else _named_class(folder)
+        dtype = "auto" if _written_by_us(folder) else torch.float32
+        module = auto_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return TorchSession(module.eval(), (task.output,) if task else None)
+
+    def stored_tensors(self, folder: Path) -> list[StoredTensor]:
+        """Read back from config.json and the safetensors headers how each parameter is held."""
+        if (folder / PROGRAM_FILE).exists():
+            return TorchExport().stored_tensors(folder)
+        return read_stored(folder)
+
+    def load_snippet(self, task: Task) -> str:
+        """Return the lines with which a user opens the folder."""
+        return (
+            f"from transformers import {task.auto_class}\n\n"
+            f'model = {task.auto_class}.from_pretrained("path/to/folder").eval()\n'
+            f"{task.output} = model(**inputs).{task.output}\n"
+        )
+
+
+Layer = tuple[QuantSpec, ActivationSpec | None, lowering.Layout, str]  # the last: whose codes (parameter name)
+
+
+def _layers(candidate: Candidate) -> dict[str, Layer]:
+    """Return every quantized module by name, the second module of a tied table too."""
+    sharers: dict[int, list[str]] = {}
+    for name, parameter in candidate.module.named_parameters(remove_duplicate=False):
+        sharers.setdefault(id(parameter), []).append(name)
+    layers: dict[str, Layer] = {}
+    for parameter_name, quantized in candidate.quantized.items():
+        names = sharers[id(candidate.module.get_parameter(parameter_name))]
+        for name in names:
+            owner, _, local = name.rpartition(".")
+            module = candidate.module.get_submodule(owner)
+            if local != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or quantized.transposed:
+                raise RuntimeUnavailable(
+                    f"{name} belongs to a {type(module).__name__}: compressed-tensors holds linear and embedding "
+                    "weights only",
+                    f"name {owner} under `ignore`, or choose another runtime",
+                )
+            activation = candidate.activations.get(owner)
+            layout = lowering.layout_of(activation, len(names) > 1)
+            layers[owner] = (quantized.spec, activation, layout, parameter_name)
+    for name in candidate.activations:
+        if name not in layers:
+            raise RuntimeUnavailable(
+                f"the inputs of {name} are rounded but its weight is not quantized: compressed-tensors needs both",
+                f"quantize the weight of {name} too",
+            )
+    return layers
+
+
+def _state(candidate: Candidate, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Return every tensor of the file by name; a parameter that two modules share appears under its first name."""
+    tensors: dict[str, Tensor] = {}
+    replaced = {f"{owner}.weight" for owner in layers}
+    for name, tensor in _unique_tensors(candidate.module):
+        if name not in replaced:
+            tensors[name] = (tensor.to(candidate.dtype) if tensor.is_floating_point() else tensor).contiguous()
+    for owner, (_, activation, layout, parameter_name) in layers.items():
+        local = lowering.layer_tensors(candidate.quantized[parameter_name], layout, candidate.dtype)
+        if parameter_name != f"{owner}.weight":
+            del local["weight"]  # the shared int8 table is stored under its first name
+            local = {key: value.clone() for key, value in local.items()}
+        if activation is not None:
+            local.update(lowering.input_tensors(activation, candidate.dtype))
+        tensors.update({f"{owner}.{key}": value for key, value in local.items()})
+    return tensors
+
+
+def _unique_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers as state_dict() names them, shared ones once."""
+    seen: set[int] = set()
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in module.state_dict().items():
+        key = id(parameters.get(name, tensor))
+        if key not in seen:
+            seen.add(key)
+            yield name, tensor.detach()
+
+
+def _untouched(candidate: Candidate, layers: Mapping[str, Layer]) -> list[str]:
+    names = candidate.module.named_modules()
+    return [name for name, module in names if isinstance(module, nn.Linear | nn.Embedding) and name not in layers]
+
+
+def _config(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json: the module's own configuration, readable by transformers 4 and 5."""
+    assert isinstance(module, transformers.PreTrainedModel)
+    config: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(module).__name__]
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return config
+
+
+def _save(tensors: dict[str, Tensor], folder: Path) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    for file_name, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file_name, metadata=METADATA)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _named_class(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [None])[0]
+    if name is None or not hasattr(transformers, name):
+        raise ArtifactError(f"{folder}/config.json names no model class of transformers", "open it with its task")
+    return getattr(transformers, name)
+
+
+def _written_by_us(folder: Path) -> bool:
+    return any(header.get("__metadata__") == METADATA for header in _headers(folder).values())
+
+
+def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the JSON header of every safetensors file of a folder."""
+    headers = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            headers[path] = json.loads(file.read(length))
+    return headers
+
+
+def read_stored(folder: Path) -> list[StoredTensor]:
+    """Return how each parameter of a folder is held, from config.json and the safetensors files alone."""
+    entries: dict[str, tuple[dict[str, Any], Path]] = {}
+    for path, header in _headers(folder).items():
+        entries.update({name: (entry, path) for name, entry in header.items() if name != "__metadata__"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    weights = {target: group["weights"] for group in groups for target in group["targets"]}
+    stored, lone_scales = [], []
+    for name, (entry, _) in entries.items():
+        owner, _, local = name.rpartition(".")
+        if owner not in weights:
+            stored.append(_stored_float(name, entry))
+        elif local in ("weight", "weight_packed"):
+            stored.append(_stored_codes(owner, weights[owner], entries))
+        elif local == "weight_scale" and not {f"{owner}.weight", f"{owner}.weight_packed"} & entries.keys():
+            lone_scales.append(owner)
+        elif not local.startswith(("weight_", "input_")):
+            stored.append(_stored_float(name, entry))
+    for owner in lone_scales:
+        _add_copy(owner, stored, entries)
+    return sorted(stored, key=lambda tensor: tensor.name)
+
+
+def _stored_float(name: str, entry: Mapping[str, Any]) -> StoredTensor:
+    dtype, bits = FLOAT_BITS.get(entry["dtype"], (entry["dtype"].lower(), 0))
+    return StoredTensor(name, dtype, bits, None, True, tuple(entry["shape"]), _num_bytes(entry))
+
+
+def _stored_codes(
+    owner: str, weights: Mapping[str, Any], entries: Mapping[str, tuple[dict[str, Any], Path]]
+) -> StoredTensor:
+    if f"{owner}.weight_packed" in entries:
+        with safe_open(entries[f"{owner}.weight_shape"][1], "pt") as file:
+            shape = tuple(file.get_tensor(f"{owner}.weight_shape").tolist())
+    else:
+        shape = tuple(entries[f"{owner}.weight"][0]["shape"])
+    parts = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
+    size = sum(_num_bytes(entries[f"{owner}.{part}"][0]) for part in parts if f"{owner}.{part}" in entries)
+    bits = weights["num_bits"]
+    columns = (weights.get("block_structure") or [1, weights.get("group_size")])[1]
+    group_size = None if columns == shape[1] and weights["strategy"] != "group" else columns
+    dtype = f"int{bits}" if f"{owner}.weight_packed" in entries else "int8"
+    return StoredTensor(f"{owner}.weight", dtype, bits, group_size, weights["symmetric"], shape, size)
+
+
+def _add_copy(owner: str, stored: list[StoredTensor], entries: Mapping[str, tuple[dict[str, Any], Path]]) -> None:
+    """Count the second module's scales of a tied table with the table whose rows they scale."""
+    rows = entries[f"{owner}.weight_scale"][0]["shape"][0]
+    extra = sum(_num_bytes(entry) for name, (entry, _) in entries.items() if name.startswith(f"{owner}.weight_"))
+    for index, tensor in enumerate(stored):
+        if tensor.dtype.startswith("int") and tensor.shape[0] == rows and f"{tensor.name}_packed" not in entries:
+            own = entries[f"{tensor.name}_scale"]
+            if _same(own[1], f"{tensor.name}_scale", entries[f"{owner}.weight_scale"][1], f"{owner}.weight_scale"):
+                stored[index] = StoredTensor(**{**vars(tensor), "bytes": tensor.bytes + extra})
+                return
+    raise ArtifactError(f"{owner}.weight_scale scales no weight of this folder", "write the artifact again")
+
+
+def _same(path_a: Path, name_a: str, path_b: Path, name_b: str) -> bool:
+    with safe_open(path_a, "pt") as a, safe_open(path_b, "pt") as b:
+        return torch.equal(a.get_tensor(name_a), b.get_tensor(name_b))
+
+
+def _num_bytes(entry: Mapping[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    return int(end - begin)

@@ -1,0 +1,125 @@
+"""Lower our codes into the tensors and the `quantization_config` that compressed-tensors 0.15 and later reads.
+
+A layer `p` with codes q (int-b, [O, I]), scale s [O, G] and zero point z [O, G] becomes one of two layouts:
+
+    pack-quantized   p.weight_packed  int32 [O, ceil(I*b/32)]   codes + 2^(b-1), bit by bit without gaps
+                     p.weight_shape   int64 [2]
+                     p.weight_scale   float [O, G]
+                     p.weight_zero_point  int8 [O, G], only when asymmetric
+    int-quantized    p.weight         int8  [O, I]
+                     p.weight_scale   float [O, G]
+                     p.weight_zero_point  int8 [O, G], only when asymmetric
+
+pack-quantized is used for weight-only layers, int-quantized where inputs are rounded too (what integer kernels of
+servers expect) and for a table that two modules share: transformers ties parameters called `weight`, so only an int8
+`weight` can be stored once. A shared table therefore takes 8 bits per code, whatever its codes need, and each of its
+two modules keeps a copy of the scales.
+
+An asymmetric packed layer calls its groups blocks of 1 x g (strategy "block"), which is the same grid. Under
+strategy "group" or "channel" compressed-tensors 0.20 packs the zero points too, and then cannot load them: while
+transformers builds the empty model they keep their unpacked shape, and the file's shape does not fit.
+
+Static input grids are `p.input_scale` and `p.input_zero_point` (unsigned codes minus 128: the format is signed).
+Left out: float formats and block scales (not ours), convolutions and GPT-2's Conv1D (the format has no place for them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from compressed_tensors import __version__ as compressed_tensors_version
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from torch import Tensor
+
+from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
+
+Layout = Literal["pack-quantized", "int-quantized"]
+Setting = tuple[QuantSpec, ActivationSpec | None, Layout, int]  # the last: columns I of the weight
+
+
+def layout_of(activation: ActivationSpec | None, tied: bool) -> Layout:
+    """Return which of the two layouts a layer's weight takes."""
+    return "int-quantized" if activation is not None or tied else "pack-quantized"
+
+
+def layer_tensors(quantized: Quantized, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that hold one weight [O, I] by local name; scales are stored as `dtype`."""
+    tensors = {"weight_scale": quantized.scale.to(dtype).contiguous()}
+    if layout == "pack-quantized":
+        tensors["weight_packed"] = pack_to_int32(quantized.codes, quantized.spec.bits)
+        tensors["weight_shape"] = torch.tensor(quantized.shape, dtype=torch.int64)
+    else:
+        tensors["weight"] = quantized.codes.reshape(quantized.shape).contiguous()
+    if quantized.zero_point is not None:
+        tensors["weight_zero_point"] = quantized.zero_point.contiguous()
+    return tensors
+
+
+def layer_bytes(shape: tuple[int, ...], spec: QuantSpec, dtype_bytes: int, layout: Layout, copies: int = 1) -> int:
+    """Return how many bytes `layer_tensors` takes for a weight [O, I]; `copies` counts the modules that share it."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    groups = columns // spec.group_size if spec.group_size else 1
+    if layout == "pack-quantized":
+        codes = rows * 4 * math.ceil(columns * spec.bits / 32) + 8 * len(shape)
+    else:
+        codes = rows * columns
+    return codes + copies * rows * groups * (dtype_bytes + (0 if spec.symmetric else 1))
+
+
+def input_tensors(activation: ActivationSpec, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of a static input grid by local name; none for a dynamic one."""
+    if activation.kind == "dynamic":
+        return {}
+    scale, zero_point = activation.static_grid()
+    tensors = {"input_scale": torch.tensor([scale], dtype=dtype)}
+    if not activation.symmetric:
+        tensors["input_zero_point"] = torch.tensor([zero_point - 128], dtype=torch.int8)
+    return tensors
+
+
+def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> dict[str, Any]:
+    """Return `quantization_config` of config.json: one group of exact module names for every distinct setting."""
+    members: dict[tuple[QuantSpec, str, Layout, int], list[str]] = {}
+    for name, (spec, activation, layout, columns) in layers.items():
+        # layers with different static ranges share a group: the ranges are tensors, the group only says that there are
+        kind = "" if activation is None else f"{activation.kind} {activation.scope} {activation.symmetric}"
+        block = (spec.group_size or columns) if layout == "pack-quantized" and not spec.symmetric else 0
+        members.setdefault((spec, kind, layout, block), []).append(name)
+    groups = {}
+    for index, ((spec, _, layout, block), names) in enumerate(members.items()):
+        activation = layers[names[0]][1]
+        groups[f"group_{index}"] = QuantizationScheme(
+            targets=names,
+            weights=_weight_args(spec, block),
+            input_activations=None if activation is None else _input_args(activation),
+            format=layout,
+        )
+    layouts = {layout for _, _, layout, _ in layers.values()}
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=untouched,
+    )
+    return {**config.model_dump(mode="json"), "version": compressed_tensors_version}
+
+
+def _weight_args(spec: QuantSpec, block: int) -> QuantizationArgs:
+    if block:
+        return QuantizationArgs(
+            num_bits=spec.bits, type="int", symmetric=False, strategy="block", block_structure=[1, block]
+        )
+    strategy = "group" if spec.group_size else "channel"
+    return QuantizationArgs(
+        num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy=strategy, group_size=spec.group_size
+    )
+
+
+def _input_args(activation: ActivationSpec) -> QuantizationArgs:
+    dynamic = activation.kind == "dynamic"
+    strategy = activation.scope if dynamic else "tensor"
+    return QuantizationArgs(num_bits=8, type="int", symmetric=activation.symmetric, strategy=strategy, dynamic=dynamic)
