@@ -39,20 +39,20 @@ $(READY): pyproject.toml
 	@mkdir -p .venv && touch .venv/.installing
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	@echo "setup: installing $(TORCH)"
-	@$(PIP) install --quiet --progress-bar off "$(TORCH)"
+	@$(PIP) install --quiet --progress-bar off --no-compile "$(TORCH)"
 	@echo "setup: installing gossamer with its dependencies and development tools"
-	@$(PIP) install --quiet --progress-bar off --editable ".[dev]"
+	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev]"
 	@rm -f .venv/.installing && touch $@
 	@echo "setup: done; 'source .venv/bin/activate' puts gossamer on your path"
 
 $(DOCS_READY): $(READY)
 	@echo "setup: installing the documentation tools"
-	@$(PIP) install --quiet --progress-bar off --editable ".[dev,docs]"
+	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev,docs]"
 	@touch $@
 
 $(BENCH_READY): $(READY)
 	@echo "setup: installing the peers that the benchmarks compare with"
-	@$(PIP) install --quiet --progress-bar off --editable ".[dev,bench]"
+	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev,bench]"
 	@touch $@
 
 lint: $(READY)  ## style and types: ruff, mypy --strict
