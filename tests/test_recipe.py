@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import RecipeError
-from gossamer.recipe import Recipe, Step
+from gossamer.recipe import Recipe, Step, load
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -43,7 +43,7 @@ def test_a_file_is_written_and_read(tmp_path: Path) -> None:
     shared = [1, 2]
     recipe = Recipe(steps=(Step(technique="a", settings={"x": shared, "y": shared}),), name="né")
     recipe.dump(tmp_path / "recipe.yaml")
-    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+    assert load(tmp_path / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_a_bad_recipe_names_the_line(text: str, where: str, what: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="No such file"):
-        Recipe.load(tmp_path / "absent.yaml")
+        load(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes("- q: {a: é}".encode("latin-1"))
     with pytest.raises(RecipeError, match=r"not UTF-8 text \(byte 9\)"):
-        Recipe.load(tmp_path / "latin.yaml")
+        load(tmp_path / "latin.yaml")
     with pytest.raises(RecipeError, match="cannot write"):
         Recipe(steps=(Step(technique="q"),)).dump(tmp_path)
 

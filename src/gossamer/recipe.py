@@ -124,6 +124,11 @@ class Recipe(BaseModel):
         )
 
 
+def load(path: str | Path) -> Recipe:
+    """Read a recipe file; see `Recipe.load`."""
+    return Recipe.load(path)
+
+
 class _PlainDumper(yaml.SafeDumper):
     """Write equal lists twice instead of with an anchor, which reading refuses."""
 

@@ -45,7 +45,7 @@ def main(folder: Path, pause: float, num_steps: int = 6) -> None:
                 time.sleep(pause)
                 (scratch / "nested").mkdir()
                 (scratch / "nested" / "rest").write_bytes(content[10_000:])
-                write_text(scratch / "manifest.json", "{}")
+                write_text(scratch / "gossamer.json", "{}")
                 return content[:8].hex()
 
             step = run.step("small", {"number": number, "previous": previous}, build, verify=True)

@@ -23,7 +23,7 @@ from gossamer.run.workspace import Run
 
 def artifact(folder: Path, content: str) -> Path:
     (folder / "deep").mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "gossamer.json").write_text("{}")
     (folder / "deep" / "weights").write_text(content)
     return folder
 
@@ -105,17 +105,16 @@ def test_publishing_to_a_full_disk_keeps_the_old_folder(tmp_path: Path, mount: C
 
 
 def test_a_read_only_disk_is_refused(tmp_path: Path, mount: Callable[[str], Path]) -> None:
-    folder = mount("ro")
-    for write in (
+    folder, source = mount("ro"), artifact(tmp_path / "source", "1")
+    attempts: list[Callable[[], object]] = [
         lambda: Run(folder / "run", {}),
         lambda: Run(folder, {}),
         lambda: write_text(folder / "file", "x"),
-        lambda: (
-            publish_folder(artifact(tmp_path / "a", "a"), folder / "out") if names(tmp_path) == ["mounted"] else None
-        ),
-    ):
-        with pytest.raises(RunError, match=r"cannot be written: Read-only file system") as caught:
-            write()
+        lambda: publish_folder(source, folder / "out"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(RunError, match="cannot be written: Read-only file system") as caught:
+            attempt()
         assert "--out" in caught.value.hint
 
 
@@ -148,7 +147,7 @@ def test_errors_that_are_not_about_the_folder_pass_through(tmp_path: Path) -> No
 
 def test_space_is_checked_before(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(RunError, match=r"1e\+06 TB needed|1e\+18|TB needed"):
+    with pytest.raises(RunError, match=r"1e\+06 TB needed, .* free"):
         check_space(tmp_path, 10**18)
 
 
@@ -167,7 +166,7 @@ def test_somebody_elses_folder_is_never_replaced(tmp_path: Path) -> None:
     source, target = artifact(tmp_path / "source", "1"), tmp_path / "home"
     target.mkdir()
     publish_folder(source, target)  # an empty folder is anybody's
-    (target / "manifest.json").unlink()
+    (target / "gossamer.json").unlink()
     with pytest.raises(RunError, match="not written by gossamer"):
         publish_folder(source, target)
     (tmp_path / "file").write_text("mine")

@@ -85,7 +85,7 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def publish_folder(source: Path, target: Path, *, marker: str = "manifest.json") -> None:
+def publish_folder(source: Path, target: Path, *, marker: str = "gossamer.json") -> None:
     """Put a copy of `source` in the place of the folder `target`, whole; `source` stays as it is.
 
     The copy is made beside `target` and flushed; then the old folder is renamed aside, the new one renamed in, the old
