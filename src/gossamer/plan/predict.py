@@ -1,6 +1,6 @@
 """Predict a recipe's size, latency, memory and quality from the measured tables, without building it.
 
-    size      sum over parameters of the bytes that the runtime's file needs, exactly, + what the unchanged file holds besides
+    size      bytes of the unchanged file + sum over parameters of (bytes in the new format - bytes as float32), exactly
     latency   latency of the unchanged model in the runtime + sum over layers (seconds(new format) - seconds(float32))
     memory    peak of the unchanged model in the runtime - float32 bytes + new bytes
     KL        sum of the effects of the steps alone (errors of small size are nearly independent)

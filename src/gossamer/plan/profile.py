@@ -139,7 +139,8 @@ def _effect(
         with candidate.simulated() as module:
             run = InMemory(job.source, module, job.task.output)
             found = job.task.evaluate(run, job.calibration, reference)
-        assert found.divergence is not None and found.agreement is not None
+        assert found.divergence is not None
+        assert found.agreement is not None
         return {
             "kl": max(0.0, found.divergence.mean()),
             "quality": float(job.task.metric.quality(found.scores.mean(), reference.scores.mean())),

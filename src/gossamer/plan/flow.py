@@ -1,0 +1,221 @@
+"""The flows behind `plan`, `optimize` and `apply`: measure the original, profile, predict, search or prove, publish."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from gossamer.errors import DataError, RuntimeUnavailable
+from gossamer.goal import Goal, Verdict
+from gossamer.measure.machine import stamp
+from gossamer.plan.candidates import Steps, name_of, recipes
+from gossamer.plan.job import Job
+from gossamer.plan.original import describe_original, unchanged_artifact
+from gossamer.plan.predict import Corrections, Tables
+from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare, sample_count
+from gossamer.plan.profile import profile
+from gossamer.plan.proof import package_versions, refused_by, steps_recipe
+from gossamer.plan.records import Original, PlanResult, Prediction, Provenance, RunResult, Tried
+from gossamer.plan.search import Found, Search, prove, rank, time_budget
+from gossamer.recipe import Recipe
+from gossamer.run.atomic import publish_folder, write_text
+from gossamer.run.workspace import Run
+from gossamer.runtimes.manifest import MANIFEST
+from gossamer.tasks.base import Evaluation
+from gossamer.techniques.base import SearchSpace
+from gossamer.techniques.registry import resolve
+
+RESULT = "report.json"
+ARTIFACT = "artifact"
+
+
+def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
+    """Return every recipe's prediction, most promising first; nothing is built but the tables that predictions need.
+
+    With `out` the tables stay in that run folder, and `optimize` with the same arguments goes on from them.
+    """
+    prepared = prepare(inputs)
+    with _folder(out) as folder, Run(folder, identity(inputs, prepared, goal=str(goal))) as run:
+        with opened_job(inputs, prepared, run) as job:
+            found = _recipes(job, len(prepared.calibration))
+            tables, _ = make_tables(job, goal, found)
+            ranked = rank(goal, tables, found, Corrections())
+            return PlanResult(
+                goal=str(goal),
+                goal_in_words=goal.describe(),
+                original=tables.original,
+                candidates=tuple(
+                    Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
+                    for item in ranked
+                ),
+                notes=job.model.notes,
+            )
+
+
+def optimize_run(
+    inputs: Inputs, goal: Goal, out: Path, *, fresh: bool, max_candidates: int, time_budget_seconds: float | None
+) -> RunResult:
+    """Return what a search for the goal found, after publishing its artifact and report.json in `out`."""
+    began = time.monotonic()
+    prepared = prepare(inputs)
+    budget = min((s for s in (time_budget(goal), time_budget_seconds) if s is not None), default=None)
+    with Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run:
+        with opened_job(inputs, prepared, run) as job:
+            found = _recipes(job, len(prepared.calibration))
+            tables, reference = make_tables(job, goal, found)
+            deadline = None if budget is None else began + budget
+            result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
+            return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
+
+
+def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, fresh: bool) -> RunResult:
+    """Return what one recipe gives, after publishing its artifact and report.json in `out`.
+
+    Without a goal the verdict says whether the file holds and computes what the recipe says.
+    """
+    began = time.monotonic()
+    steps: Steps = tuple(resolve(recipe))
+    prepared = prepare(inputs)
+    needed = max((step.rows_needed() for step in steps), default=0)
+    if len(prepared.calibration) < needed:
+        raise DataError(
+            f"the recipe needs {needed} calibration rows, {len(prepared.calibration)} are there", "give more rows"
+        )
+    what = {"recipe": steps_recipe(steps), "goal": str(goal) if goal else ""}
+    with Run(out, identity(inputs, prepared, **what), fresh=fresh) as run, opened_job(inputs, prepared, run) as job:
+        decisions = [decision for step in steps for decision in step.resolve(job.model)]
+        refusal = refused_by(job.runtime, decisions)
+        if refusal is not None:
+            raise RuntimeUnavailable(
+                f"{job.runtime.name} cannot hold the recipe: {refusal}",
+                "name the layer under `ignore`, or use another --runtime",
+            )
+        original, reference = describe_original(job)
+        tried, _ = prove(job, goal, steps, _no_prediction(original), original, reference)
+        verdict = Verdict(tried.verdict or "FAIL")
+        reason = tried.rejected or "; ".join(judged.why for judged in tried.judgements)
+        reason = reason or "the files hold what the recipe says, and compute what was computed in memory"
+        found = Found((tried,), (), 0, verdict, reason)
+        return _published(job, inputs, prepared, "apply", goal, original, found, began)
+
+
+def make_tables(job: Job, goal: Goal, found: Sequence[Steps]) -> tuple[Tables, Evaluation]:
+    """Return the tables that predictions are made from, and the original's scores."""
+    original, reference = describe_original(job)
+    goal.check_metric(job.task.metric.name, job.task.metric.higher_is_better, original.metric.value)
+    _, unchanged = unchanged_artifact(job)
+    steps = list(dict.fromkeys(step for steps in found for step in steps))
+    tables = Tables(
+        model=job.model,
+        runtime=job.runtime,
+        original=original,
+        profile=profile(job, steps),
+        likelihood_metric=not job.task.metric.higher_is_better,
+        unchanged_memory=unchanged["memory"],
+        proof_seconds=_proof_seconds(job),
+    )
+    return tables, reference
+
+
+def _recipes(job: Job, calibration_rows: int) -> list[Steps]:
+    space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
+    return recipes(space)
+
+
+def _proof_seconds(job: Job) -> float:
+    """Return what it took to write, score and time the original: a candidate takes about as long."""
+    kinds = ("original", "unchanged", "unchanged-timed")
+    finished = {entry["kind"]: entry for entry in job.run.journal() if entry["event"] == "finished"}
+    return float(sum(finished[kind].get("seconds", 0.0) for kind in kinds if kind in finished))
+
+
+def _no_prediction(original: Original) -> Prediction:
+    """Return the prediction of a recipe that nobody predicted: the original's own figures."""
+    return Prediction(
+        quality_share=1.0,
+        kl=0.0,
+        size_bytes=original.size_bytes,
+        latency_seconds=original.latency.p50,
+        latency_share=1.0,
+        memory_bytes=original.memory_bytes,
+        seconds=0.0,
+    )
+
+
+def _published(
+    job: Job,
+    inputs: Inputs,
+    prepared: Prepared,
+    kind: Literal["optimize", "apply"],
+    goal: Goal | None,
+    original: Original,
+    found: Found,
+    began: float,
+) -> RunResult:
+    """Put the chosen artifact and report.json in place, and return the result."""
+    out = job.run.folder
+    artifact = None
+    if found.chosen is not None:
+        artifact = out / ARTIFACT
+        publish_folder(out / found.tried[found.chosen].folder, artifact, marker=MANIFEST)
+    result = RunResult(
+        kind=kind,
+        goal=str(goal) if goal else "",
+        goal_in_words=goal.describe() if goal else [],
+        verdict=found.verdict.value,
+        reason=found.reason,
+        metric_name=job.task.metric.name,
+        original=original,
+        tried=found.tried,
+        not_tried=found.not_tried[:50],
+        chosen=found.chosen,
+        artifact=str(artifact) if artifact else None,
+        load_snippet=job.runtime.load_snippet(job.task),
+        provenance=_provenance(job, inputs, prepared),
+        rows={"calibration": len(prepared.calibration), "evaluation": sample_count(job.evaluation)},
+        seconds=round(time.monotonic() - began, 3),
+    )
+    write_text(out / RESULT, result.model_dump_json(indent=1) + "\n")
+    job.run.record("finished-run", verdict=found.verdict.value, reason=found.reason)
+    return result
+
+
+def _provenance(job: Job, inputs: Inputs, prepared: Prepared) -> Provenance:
+    return Provenance(
+        model=prepared.source.name,
+        model_fingerprint=prepared.prints["model"],
+        data=prepared.names["data"],
+        data_fingerprint=prepared.prints["data"],
+        evaluation=prepared.names["evaluation"],
+        evaluation_fingerprint=prepared.prints["evaluation"],
+        task=inputs.task,
+        task_settings=dict(inputs.task_settings),
+        runtime=inputs.runtime,
+        seed=inputs.seed,
+        versions=package_versions(),
+        machine=_plain(stamp().model_dump(mode="json")),
+        command=" ".join(sys.argv),
+    )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in values.items()}
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Yield the run folder, or a temporary one that is removed afterwards."""
+    if out is not None:
+        yield out
+        return
+    scratch = Path(tempfile.mkdtemp(prefix="gossamer-plan-"))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch)

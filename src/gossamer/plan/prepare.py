@@ -1,0 +1,165 @@
+"""From what a user names (a model, files of rows, a task) to a job: rows read, split, turned into batches, hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.data.columns import bind_columns
+from gossamer.data.rows import read_rows
+from gossamer.data.splits import row_key, split_rows, without_overlap
+from gossamer.errors import DataError
+from gossamer.measure.machine import usable_cores
+from gossamer.models.source import Forward, Source
+from gossamer.models.structure import map_model
+from gossamer.plan.job import Job
+from gossamer.run.fingerprint import hash_json
+from gossamer.run.progress import Progress, Silent
+from gossamer.run.workspace import Run
+from gossamer.runtimes import get_runtime
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch, Row, Task
+
+MIN_EVALUATION_ROWS = 8
+Rows = str | Path | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hold what a verb was asked to work on, as the user named it."""
+
+    model: str | Path | nn.Module
+    task: str
+    data: Rows
+    evaluation: Rows | None = None
+    runtime: str = "onnxruntime"
+    task_settings: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    threads: int | None = None
+    calibration_rows: int = 128
+    evaluation_rows: int | None = None
+    forward: Forward | None = None
+    trust_remote_code: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold rows and hashes that a job needs, before a run folder is opened."""
+
+    source: Source
+    task: Task
+    calibration: list[Row]
+    evaluation: list[Row]
+    prints: dict[str, str]
+    names: dict[str, str]
+
+
+def prepare(inputs: Inputs) -> Prepared:
+    """Return the rows of a job, checked and split: calibration rows never occur among the evaluation rows.
+
+    Without separate evaluation rows the data are split by content. Raises DataError, ModelError or TaskError.
+    """
+    source = Source.open(inputs.model, forward=inputs.forward, trust_remote_code=inputs.trust_remote_code)
+    task = get_task(inputs.task, **inputs.task_settings)
+    rows, data_print, data_name = _read(inputs.data, task, inputs.columns)
+    if inputs.evaluation is None:
+        parts = split_rows(rows, sizes={"test": 0.5, "calibration": min(inputs.calibration_rows, len(rows) // 4)})
+        calibration, evaluation = parts.calibration, parts.test
+        eval_print, eval_name = data_print, f"{data_name} (held-out half)"
+    else:
+        evaluation, eval_print, eval_name = _read(inputs.evaluation, task, inputs.columns)
+        free, dropped = without_overlap(rows, evaluation)
+        if dropped:
+            inputs.progress.say(f"{dropped} rows of {data_name} also occur in {eval_name}: not used for calibration")
+        if not free:
+            raise DataError(
+                f"all {len(rows)} rows of {data_name} also occur in {eval_name}", "give other rows with --data"
+            )
+        calibration = split_rows(free, sizes={"calibration": min(inputs.calibration_rows, len(free))}).calibration
+    if inputs.evaluation_rows is not None and inputs.evaluation_rows < len(evaluation):
+        evaluation = sorted(evaluation, key=row_key)[: inputs.evaluation_rows]
+    if len(evaluation) < MIN_EVALUATION_ROWS:
+        raise DataError(
+            f"{len(evaluation)} evaluation rows cannot support a verdict: at least {MIN_EVALUATION_ROWS} are needed",
+            "give more rows with --eval",
+        )
+    prints = {
+        "model": source.fingerprint,
+        "data": data_print,
+        "calibration": hash_json([row_key(row) for row in calibration]),
+        "evaluation": hash_json([row_key(row) for row in evaluation]),
+        "evaluation-file": eval_print,
+    }
+    return Prepared(source, task, calibration, evaluation, prints, {"data": data_name, "evaluation": eval_name})
+
+
+def _read(rows: Rows, task: Task, columns: Mapping[str, str]) -> tuple[list[Row], str, str]:
+    """Return (bound rows, content hash, name for messages)."""
+    table = read_rows(rows)
+    return bind_columns(table, task, columns), table.fingerprint, table.name
+
+
+@contextmanager
+def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
+    """Yield the job over an opened run folder, with this process's threads set for its length."""
+    threads = inputs.threads or usable_cores()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        task, source = prepared.task, prepared.source
+        calibration = tuple(task.batches(prepared.calibration, source, batch_size=1))
+        evaluation = tuple(task.batches(prepared.evaluation, source, batch_size=1))
+        request = task.latency_inputs(evaluation)
+        yield Job(
+            source=source,
+            task=task,
+            task_settings=dict(inputs.task_settings),
+            runtime=get_runtime(inputs.runtime),
+            run=run,
+            progress=inputs.progress,
+            model=map_model(
+                source.module(task),
+                {name: torch.from_numpy(values) for name, values in request.items()},
+                source.forward,
+            ),
+            calibration=calibration,
+            evaluation=evaluation,
+            latency_inputs=request,
+            prints=prepared.prints,
+            threads=threads,
+            seed=inputs.seed,
+            outputs=(task.output,),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def identity(inputs: Inputs, prepared: Prepared, **more: Any) -> dict[str, Any]:
+    """Return what a run folder is about; another identity is refused."""
+    from gossamer import __version__
+
+    return {
+        "model": prepared.prints["model"],
+        "data": prepared.prints["data"],
+        "evaluation": prepared.prints["evaluation-file"],
+        "rows": [len(prepared.calibration), len(prepared.evaluation)],
+        "task": inputs.task,
+        "task settings": dict(inputs.task_settings),
+        "runtime": inputs.runtime,
+        "seed": inputs.seed,
+        "version": __version__,
+        **more,
+    }
+
+
+def sample_count(batches: tuple[Batch, ...]) -> int:
+    """Return how many samples the batches hold."""
+    return len({int(sample) for batch in batches for sample in batch.samples})
