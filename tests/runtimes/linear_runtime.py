@@ -1,4 +1,4 @@
-"""A small real runtime for tests of the child process: one linear layer in a safetensors file, run by torch."""
+"""A small real runtime for tests of the child process: one linear layer in a safetensors file, run by numpy."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import sys
 import time
 from pathlib import Path
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from gossamer.errors import ArtifactError
-from gossamer.models.candidate import Candidate
-from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
-from gossamer.tasks.base import Arrays, Task
+
+if TYPE_CHECKING:
+    from gossamer.models.candidate import Candidate
+    from gossamer.models.quantized import ActivationSpec, QuantSpec
+    from gossamer.tasks.base import Arrays, Task
 
 
 class LinearSession(Session):
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: NDArray[Any], threads: int) -> None:
         self.weight = weight
+        self.threads = threads
 
     def run(self, inputs: Arrays) -> Arrays:
         if "sleep" in inputs:
@@ -35,9 +40,10 @@ class LinearSession(Session):
         print("a library prints to standard output")  # noqa: T201 - this is what must not reach the pipe
         os.write(1, b"and so does C code\n")
         return {
-            "logits": (torch.from_numpy(inputs["x"]) @ self.weight.T).numpy(),
-            "threads": np.array([torch.get_num_threads()]),
+            "logits": inputs["x"] @ self.weight.T,
+            "threads": np.array([self.threads, int(os.environ["OMP_NUM_THREADS"])]),
             "cpus": np.array(sorted(os.sched_getaffinity(0))),
+            "torch": np.array(["torch" in sys.modules]),
             "offline": np.array([int(os.environ["HF_HUB_OFFLINE"])]),
         }
 
@@ -60,8 +66,7 @@ class LinearRuntime(Runtime):
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
         if not (folder / "model.safetensors").exists():
             raise ArtifactError(f"no model.safetensors in {folder}", "write the artifact first")
-        torch.set_num_threads(threads)
-        return LinearSession(load_file(folder / "model.safetensors")["weight"])
+        return LinearSession(load_file(folder / "model.safetensors")["weight"], threads)
 
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
         return []

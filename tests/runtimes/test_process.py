@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import load_file, save_file
 
 from gossamer.errors import MeasureError
+from gossamer.measure.latency import time_in_turns
+from gossamer.measure.quality import compare_outputs
 from gossamer.runtimes.process import Served, child_environment
 
 RUNTIME = "linear_runtime:LinearRuntime"
@@ -22,8 +23,8 @@ RUNTIME = "linear_runtime:LinearRuntime"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artifact")
-    torch.manual_seed(0)
-    save_file({"weight": torch.randn(3, 5)}, path / "model.safetensors")
+    weight = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    save_file({"weight": weight}, path / "model.safetensors")
     return path
 
 
@@ -50,15 +51,14 @@ def alive(pid: int) -> bool:
 
 
 def test_outputs_equal_those_of_this_process(served: Served, folder: Path) -> None:
-    from safetensors.torch import load_file
-
     x = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
     outputs = served.run({"x": x})
-    expected = (torch.from_numpy(x) @ load_file(folder / "model.safetensors")["weight"].T).numpy()
+    expected = x @ load_file(folder / "model.safetensors")["weight"].T
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-6)
-    assert outputs["threads"].tolist() == [1]
+    assert outputs["threads"].tolist() == [1, 1]
     assert outputs["cpus"].tolist() == [min(os.sched_getaffinity(0))]
     assert outputs["offline"].tolist() == [1]
+    assert outputs["torch"].tolist() == [False]  # the child holds what its runtime needs, so that its memory is its own
 
 
 def test_not_contiguous_inputs_arrive_whole(served: Served) -> None:
@@ -83,7 +83,7 @@ def test_times_what_runs(served: Served) -> None:
 
 
 def test_an_exception_keeps_the_child(served: Served) -> None:
-    with pytest.raises(MeasureError, match="RuntimeError: mat1 and mat2"):
+    with pytest.raises(MeasureError, match="ValueError: matmul"):
         served.run({"x": np.zeros((1, 7), np.float32)})
     assert served.run({"x": np.zeros((1, 5), np.float32)})["logits"].shape == (1, 3)
 
@@ -107,7 +107,48 @@ def test_memory_sees_what_a_run_allocates(folder: Path) -> None:
     if before.resettable:
         assert 90e6 < grown < 130e6
     assert after.peak >= before.peak + (0 if before.peak_open > after.peak_run else 50e6)
-    assert fresh.label.startswith(RUNTIME)
+
+
+def test_two_children_take_turns(folder: Path, served: Served) -> None:
+    with Served(RUNTIME, folder, threads=1, timeout=60) as slow:
+        inputs = [{"x": np.zeros((1, 5), np.float32), "sleep": np.array(seconds)} for seconds in (0.02, 0.005)]
+        pair = time_in_turns(slow, served, *inputs, budget_seconds=0.5, round_seconds=0.05, min_rounds=4)
+        assert not slow.paused
+        assert not served.paused
+    assert pair.b is not None
+    assert pair.ratio is not None
+    assert pair.a.min >= 0.02 > 0.005 <= pair.b.min
+    assert pair.a.n >= 4 <= pair.b.n
+    assert pair.ratio.value > 1
+
+
+def test_serves_a_real_model_through_the_torch_runtime(tmp_path: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    inputs = {name: np.ones((2, 6), np.int64) * value for name, value in (("input_ids", 7), ("attention_mask", 1))}
+    with torch.no_grad():
+        expected = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
+    with Served(
+        "torch", tmp_path, threads=1, task_name="text-classification", task_settings={"max_length": 6}
+    ) as child:
+        found = child.run(inputs)
+        memory = child.memory()
+    compare_outputs({"logits": expected}, found).check(max_relative=1e-4)
+    assert memory.after_open > memory.baseline
+    assert memory.peak >= memory.after_open
+
+
+def test_an_unknown_runtime_or_setting_is_told_with_its_hint(folder: Path) -> None:
+    with pytest.raises(MeasureError, match="tensorrt") as caught:
+        Served("tensorrt", folder, threads=1)
+    assert "torch" in caught.value.hint
 
 
 def test_our_errors_arrive_with_their_hint(tmp_path: Path) -> None:

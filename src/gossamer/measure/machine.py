@@ -1,7 +1,7 @@
 """The machine: its stamp, which every figure carries, and in words what it can do (`gossamer doctor`).
 
-What decides the speed of a small model on a CPU is which integer and bf16 dot products its instruction set has. Nothing is
-imported to find out what is installed: package metadata is enough, so asking is cheap and has no side effects.
+What decides the speed of a small model on a CPU is which integer and bf16 dot products its instruction set has. Nothing
+is imported to find out what is installed: package metadata is enough, so asking is cheap and has no side effects.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Extra(Frozen):
 
 
 class Doctor(Frozen):
-    """Hold what this machine can do: its stamp, findings in words, packages with the command that adds a missing one."""
+    """Hold what this machine can do: its stamp, findings in words, and packages with the command that adds each."""
 
     stamp: MachineStamp
     findings: tuple[Finding, ...]
@@ -301,9 +301,9 @@ def _int8(sets: set[str]) -> Finding:
 def _bf16(sets: set[str]) -> Finding:
     name = next((name for name in BF16_NATIVE if name in sets), None)
     if name is not None:
-        return Finding(name="bf16", ok=True, says=f"native ({name}): bf16 halves the size and is faster than float32")
+        return Finding(name="bf16", ok=True, says=f"native ({name}): bf16 halves the size, and is faster too")
     return Finding(
         name="bf16",
         ok=False,
-        says="emulated: bf16 halves the size, but is converted to float32 for each sum and is slower",
+        says="emulated: bf16 halves the size, but is converted to float32 for each sum and runs slower",
     )

@@ -51,7 +51,8 @@ class Equivalence(Frozen):
         if not difference.max_relative <= max_relative:
             raise ArtifactError(
                 f"{what} computes something else than the model in memory: {name} differs by up to "
-                f"{difference.max_relative:.3g} standard deviations ({difference.max_abs:.3g}), allowed: {max_relative:g}",
+                f"{difference.max_relative:.3g} standard deviations "
+                f"({difference.max_abs:.3g}), allowed: {max_relative:g}",
                 "the runtime lowers a layer differently: try another runtime, or put suspicious layers under `ignore`",
             )
 

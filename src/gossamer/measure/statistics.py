@@ -73,7 +73,7 @@ def paired_quality(
     Example: `paired_quality(evaluation.scores, reference.scores, task.metric).low >= 0.99`.
     """
     n = _check_pair(candidate, original)
-    value = float(metric.quality(candidate.mean(), original.mean()))
+    value = _quality(metric, candidate.mean(), original.mean())
     if not np.isfinite(candidate.sums).all():
         return Interval(value=0.0, low=0.0, high=0.0, n=n, confidence=confidence)
     if not np.isfinite(value):
@@ -89,7 +89,7 @@ def paired_quality(
 
     data = (candidate.sums, candidate.weights, original.sums, original.weights)
     low, high = _bootstrap_bounds(data, figure, confidence, resamples, seed)
-    widened = [float(metric.quality(mean, original.mean())) for mean in _worst_means(candidate, original, confidence)]
+    widened = [_quality(metric, mean, original.mean()) for mean in _worst_means(candidate, original, confidence)]
     return _interval(value, [low, high, *widened], n, confidence)
 
 
@@ -144,7 +144,7 @@ def needed_samples(
     wrong side of the bound, or exactly on it: then more samples are not expected to help.
     """
     n = _check_pair(candidate, original)
-    value = float(metric.quality(candidate.mean(), original.mean()))
+    value = _quality(metric, candidate.mean(), original.mean())
     gap = value - bound if op == ">=" else bound - value
     if not np.isfinite(gap) or gap <= 0:
         return None
@@ -152,16 +152,28 @@ def needed_samples(
     if _exact_gap(candidate, original, metric, op, bound, confidence, n) is None:
         # not right/wrong: when nothing differs at all, the convention of the lecture shrinks with 1/n
         worst = [
-            abs(float(metric.quality(m, original.mean())) - value)
-            for m in _worst_means(candidate, original, confidence)
+            abs(_quality(metric, m, original.mean()) - value) for m in _worst_means(candidate, original, confidence)
         ]
         return max(1, ceil(max((spread / gap) ** 2, n * max(worst, default=0.0) / gap)) - n)
-    total = max(n + 1, ceil((spread / gap) ** 2))
-    while (_exact_gap(candidate, original, metric, op, bound, confidence, total) or 0.0) < 0:
-        total = ceil(total * 1.05)
-        if total > 1_000_000_000:
+
+    def clears(total: int) -> bool:
+        exact = _exact_gap(candidate, original, metric, op, bound, confidence, total)
+        return exact is not None and exact >= 0
+
+    below = total = max(n, ceil((spread / gap) ** 2) - 1)
+    while not clears(total):
+        below, total = total, 2 * total
+        if total > 10**9:
             return None
-    return total - n
+    while total - below > 1:  # the exact gap grows with the number of samples
+        middle = (below + total) // 2
+        below, total = (below, middle) if clears(middle) else (middle, total)
+    return max(1, total - n)
+
+
+def _quality(metric: Metric, candidate_mean: float, original_mean: float) -> float:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return float(metric.quality(np.float64(candidate_mean), np.float64(original_mean)))
 
 
 def _check_scores(scores: Scores, name: str) -> None:
@@ -198,17 +210,19 @@ def _bootstrap_bounds(
     data: tuple[Floats, ...], statistic: Callable[..., Any], confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
     """Return the two one-sided bounds: BCa where it is defined, else percentile."""
-    drawn = stats.bootstrap(
-        data,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, ELEMENTS_AT_ONCE // len(data[0])),
-        confidence_level=2 * confidence - 1,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # resamples without a figure: looked at below
+        drawn = stats.bootstrap(
+            data,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, ELEMENTS_AT_ONCE // len(data[0])),
+            confidence_level=2 * confidence - 1,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     figures = drawn.bootstrap_distribution
     if len(data[0]) <= LARGE and np.isfinite(figures).all() and np.ptp(figures) > 0:
         corrected = _bca(data, statistic, drawn, confidence)
@@ -285,7 +299,7 @@ def _exact_gap(
     gained = float(((original.sums == 0) & (candidate.sums == 1)).sum()) * total / n
     below = mean + gained / total - _upper(lost, total, confidence)
     above = mean + _upper(gained, total, confidence) - lost / total
-    figures = [float(metric.quality(max(below, 0.0), mean)), float(metric.quality(min(above, 1.0), mean))]
+    figures = [_quality(metric, max(below, 0.0), mean), _quality(metric, min(above, 1.0), mean)]
     return min(figures) - bound if op == ">=" else bound - max(figures)
 
 
