@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 LENGTH = 128  # tokens of a made-up text
+SPOKEN = 16  # tokens of a made-up transcript
 
 
 def made_up_example(module: nn.Module) -> dict[str, Tensor] | None:
@@ -35,7 +36,9 @@ def made_up_example(module: nn.Module) -> dict[str, Tensor] | None:
         vocabulary = _setting(config, "vocab_size")
         if vocabulary is None:
             return None
-        example["decoder_input_ids"] = torch.arange(16).unsqueeze(0) % vocabulary
+        # classifiers of this kind read the decoder at the text's own length
+        length = value.shape[1] if main == "input_ids" else SPOKEN
+        example["decoder_input_ids"] = (torch.arange(length) % vocabulary).unsqueeze(0)
     device = next(module.parameters()).device
     return {name: tensor.to(device) for name, tensor in example.items()}
 
@@ -47,7 +50,12 @@ def _tokens(config: PretrainedConfig) -> Tensor | None:
     longest = _setting(config, "max_position_embeddings", "n_positions") or LENGTH
     # RoBERTa numbers positions from padding_idx + 1: leave room
     length = min(LENGTH, longest - 2) if longest > 4 else longest
-    return ((torch.arange(length) * 7 + 3) % vocabulary).unsqueeze(0)
+    tokens = (torch.arange(length) * 7 + 3) % vocabulary
+    end = _setting(config, "eos_token_id")
+    if end is not None:  # exactly one end of text: BART's classifier reads there
+        tokens = torch.where(tokens == end, (end + 1) % vocabulary, tokens)
+        tokens[-1] = end
+    return tokens.unsqueeze(0)
 
 
 def _picture(config: PretrainedConfig) -> Tensor | None:

@@ -54,7 +54,9 @@ def remarks(layers: Sequence[LayerInfo], flow: Flow | None) -> list[str]:
         )
     if flow is not None:
         watched = [layer for layer in layers if layer.kind in ("linear", "conv", "embedding")]
-        if idle := [layer.name for layer in watched if layer.name not in flow.feeds]:
+        shared = {layer.tied_to for layer in layers}
+        alone = [layer.name for layer in watched if layer.tied_to is None and f"{layer.name}.weight" not in shared]
+        if idle := [name for name in alone if name not in flow.feeds]:
             notes.append(f"the example does not reach {named(idle)}")
     return notes
 
@@ -72,24 +74,23 @@ def _role_of_kind(layer: LayerInfo) -> Role:
 
 
 def _attention_roles(linears: dict[str, LayerInfo], flow: Flow) -> Iterator[tuple[str, Role]]:
-    votes: dict[str, set[Role]] = defaultdict(set)
+    votes: dict[str, Role] = {}
     attended = {index for index, product in enumerate(flow.products) if product.values}
-    for index in attended:
+    for index in sorted(attended):
         product = flow.products[index]
-        sides: tuple[tuple[Role, frozenset[str]], ...] = (
-            ("q", product.left),
-            ("k", product.right),
-            ("v", product.values),
-        )
-        for role, names in sides:
+        sides: dict[Role, frozenset[str]] = {"q": product.left, "k": product.right, "v": product.values}
+        feeders: dict[str, list[Role]] = defaultdict(list)
+        for role, names in sides.items():
             known = [name for name in names if name in linears]
             for name in known if len(known) <= 2 else ():  # more: the residual stream itself, no projection
-                votes[name].add(role)
+                feeders[name].append(role)
+        for name, found in feeders.items():
+            # a later product of the same layer (DeBERTa's with positions) does not change what the first one said
+            votes.setdefault(name, found[0] if len(found) == 1 else "qkv")
     for name, origin in flow.feeds.items():
         if name in linears and origin.mixed & attended:
-            votes[name].add("o")
-    for name, found in votes.items():
-        yield name, "qkv" if len(found) > 1 else next(iter(found))
+            votes.setdefault(name, "o")
+    yield from votes.items()
 
 
 def _feed_forward_roles(

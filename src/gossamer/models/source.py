@@ -119,6 +119,11 @@ class Source:
         return tuple(label for _, label in ordered)
 
     @property
+    def forward_function(self) -> Forward | None:
+        """Return the function that was given to run a network on named inputs, or None."""
+        return self._forward
+
+    @property
     def quantization(self) -> str | None:
         """Return the method that already quantized this model (`compressed-tensors`, `gptq`), or None."""
         settings = self._raw_config.get("quantization_config")
