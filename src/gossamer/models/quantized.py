@@ -40,12 +40,12 @@ class QuantSpec(BaseModel):
     @property
     def low(self) -> int:
         """Return the smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """Return the largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def __str__(self) -> str:
         scope = f"group {self.group_size}" if self.group_size else "per channel"
@@ -86,22 +86,23 @@ class ActivationSpec(BaseModel):
         """Return `values` [..., I] rounded to this grid and back, same shape and dtype."""
         x = values.float()
         if self.kind == "static":
-            scale, zero_point = self.static_grid()
+            step, zero = self.static_grid()
             bounds = (-128, 127) if self.symmetric else (0, 255)
-            codes = torch.clamp(torch.round(x / scale) + zero_point, *bounds)
-            return ((codes - zero_point) * scale).to(values.dtype)
+            fixed: Tensor = (torch.clamp(torch.round(x / step) + zero, *bounds) - zero) * step
+            return fixed.to(values.dtype)
         dims = (-1,) if self.scope == "token" else tuple(range(x.dim()))
         if self.symmetric:
-            scale = x.abs().amax(dims, keepdim=True) / 127.0
+            scale: Tensor = x.abs().amax(dims, keepdim=True) / 127.0
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-            return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(values.dtype)
+            around_zero: Tensor = torch.clamp(torch.round(x / scale), -128, 127) * scale
+            return around_zero.to(values.dtype)
         low = x.amin(dims, keepdim=True).clamp(max=0.0)
         high = x.amax(dims, keepdim=True).clamp(min=0.0)
         scale = (high - low) / 255.0
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero_point = torch.clamp(torch.round(-low / scale), 0, 255)
-        codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
-        return ((codes - zero_point) * scale).to(values.dtype)
+        rounded: Tensor = (torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
+        return rounded.to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,12 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """Return the float32 values in the parameter's own shape."""
-        codes_OGg = self.codes.float().unflatten(1, (self.num_groups, self.group_size))
+        codes_OGg = self.codes.float().reshape(-1, self.num_groups, self.group_size)
         if self.zero_point is not None:
             codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
         values_OI = (codes_OGg * self.scale.unsqueeze(-1)).flatten(1)
-        return (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
+        values: Tensor = (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
+        return values
 
 
 def rows_of(weight: Tensor, transposed: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be asked of files that exist: quality, speed, and how two of them compare. Behind `eval`, `bench`, `compare`.
+"""What can be asked of files that exist: quality, speed, how two compare. Behind `eval`, `bench`, `compare`.
 
 An artifact is a folder with our manifest, or a plain Hugging Face folder (served by PyTorch, as its owner runs it).
 """
@@ -232,8 +232,8 @@ def compare_artifacts(
     originals = {"quality": metric_b.value, "size": float(bytes_b), "memory": memory["b"]}
     originals["throughput"] = pair.b.throughput
     for statistic in ("p50", "p95", "p99", "mean"):
-        figures[f"latency {statistic}"] = _figure(pair.a.interval(statistic), "s")  # type: ignore[arg-type]
-        figures[f"latency {statistic} ratio"] = _figure(pair.ratio_of(statistic))  # type: ignore[arg-type]
+        figures[f"latency {statistic}"] = _figure(pair.a.interval(statistic), "s")
+        figures[f"latency {statistic} ratio"] = _figure(pair.ratio_of(statistic))
     judgements = judge(goal, figures, originals)
     return CompareResult(
         verdict=overall(judgements).value,

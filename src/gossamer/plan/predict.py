@@ -96,8 +96,8 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
     for layer in tables.model.layers:
         if layer.tied_to is not None:
             continue
-        decision = specs.get(f"{layer.name}.weight")
-        held = tables.runtime.stored_bytes(layer.role, layer.shape, decision.weight if decision else None, dtype_bytes)
+        decided = specs.get(f"{layer.name}.weight")
+        held = tables.runtime.stored_bytes(layer.role, layer.shape, decided.weight if decided else None, dtype_bytes)
         saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, FLOAT_BYTES) - held
     return unchanged_bytes - saved
 

@@ -226,7 +226,7 @@ def _layer_seconds(job: Job, formats: Mapping[LayerFormat, Path]) -> dict[LayerF
     def build(_: Path) -> list[float]:
         return _time_in_rounds(job, formats)
 
-    inputs = {"layers": [f"{path.parent.name}/{path.name}" for path in formats.values()], "threads": job.threads}
+    inputs: dict[str, Any] = {"layers": [f"{path.parent.name}/{path.name}" for path in formats.values()], "threads": job.threads}
     seconds = job.run.step("layer-times", inputs, build).value
     return dict(zip(formats, seconds, strict=True))
 

@@ -68,7 +68,8 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
     """Return a fresh candidate with every step applied, and all that was decided."""
     candidate = Candidate(source=job.source, module=job.source.module(job.task))
-    context = Context(task=job.task, calibration=job.calibration, progress=job.progress, seed=job.seed)
+    context = Context(
+        task=job.task, example=job.evaluation[0].inputs, calibration=job.calibration, progress=job.progress, seed=job.seed)
     decisions: list[Decision] = []
     for step in steps:
         decisions += step.resolve(job.model)
@@ -175,7 +176,7 @@ def compare_tensors(
         parameter = f"{layer.name}.weight"
         if layer.tied_to is not None:
             continue
-        decision = asked.get(parameter)
+        wanted = asked.get(parameter)
         tensor = by_name.get(parameter)
         original_bytes = 4 * int(np.prod(layer.shape))
         rows.append(
@@ -183,12 +184,12 @@ def compare_tensors(
                 parameter=parameter,
                 role=layer.role,
                 shape=layer.shape,
-                asked=_asked_text(decision),
+                asked=_asked_text(wanted),
                 found=_found_text(tensor),
                 bytes=tensor.bytes if tensor else 0,
                 original_bytes=original_bytes,
-                activation=decision["activation"] if decision else "",
-                agrees=_agrees(decision, tensor),
+                activation=wanted["activation"] if wanted else "",
+                agrees=_agrees(wanted, tensor),
             )
         )
     return tuple(rows)

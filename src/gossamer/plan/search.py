@@ -174,7 +174,8 @@ class Search:
         """Build, check, measure and judge one recipe; a refusal is recorded, never swallowed."""
         began = time.monotonic()
         self.job.progress.say(f"trying {name_of(item.steps)}")
-        tried, judgements = self._as_untried(item), []
+        judgements: list[Judgement] = []
+        tried = self._as_untried(item)
         try:
             decisions = [decision for step in item.steps for decision in step.resolve(self.job.model)]
             refusal = refused_by(self.job.runtime, decisions)

@@ -86,16 +86,14 @@ class Served:
                 os.sched_setaffinity(self._process.pid, cpus)
             for pipe in (self._process.stdin, self._process.stdout):
                 os.set_blocking(_open_pipe(pipe).fileno(), False)
-            self._ask(
-                {
-                    "op": "open",
-                    "runtime": runtime,
-                    "folder": str(Path(folder).resolve()),
-                    "threads": threads,
-                    "task": task_name,
-                    "task_settings": dict(task_settings or {}),
-                }
-            )
+            self._opening: Header = {
+                "op": "open",
+                "runtime": runtime,
+                "threads": threads,
+                "task": task_name,
+                "task_settings": dict(task_settings or {}),
+            }
+            self.reopen(folder)
         except BaseException:
             self.close()
             raise
@@ -104,6 +102,10 @@ class Served:
     def pid(self) -> int:
         """Return the child's process id."""
         return self._process.pid
+
+    def reopen(self, folder: Path) -> None:
+        """Open another artifact of the same runtime in the same child, in place of the one that lay open."""
+        self._ask({**self._opening, "folder": str(Path(folder).resolve())})
 
     def run(self, inputs: Arrays) -> Arrays:
         """Return the outputs for one batch of inputs."""

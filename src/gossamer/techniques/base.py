@@ -18,7 +18,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.run.progress import Progress
-from gossamer.tasks.base import Batch, Task
+from gossamer.tasks.base import Arrays, Batch, Task
 
 if TYPE_CHECKING:
     from gossamer.runtimes.base import Runtime
@@ -58,9 +58,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what `apply` may use besides the candidate: calibration batches, the task, progress, the seed."""
+    """Hold what `apply` may use besides the candidate: one example request, calibration batches, progress, the seed."""
 
     task: Task
+    example: Arrays
     calibration: Sequence[Batch]
     progress: Progress
     seed: int = 0

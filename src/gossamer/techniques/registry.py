@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 
@@ -74,7 +75,7 @@ def _explained(step: Step, error: ValidationError) -> tuple[str, str]:
     return f"{where}: {first['msg'].removeprefix('Value error, ')}", _allowed(fields, setting)
 
 
-def _allowed(fields: dict[str, object], setting: str) -> str:
+def _allowed(fields: Mapping[str, object], setting: str) -> str:
     """Return the description of a setting as a hint."""
     description = getattr(fields.get(setting), "description", None)
     return str(description) if description else f"settings: {', '.join(fields)}"

@@ -58,7 +58,7 @@ def quantize_weight(
         count = int((~torch.isfinite(rows_OI)).sum())
         raise TechniqueError(f"{count} of {rows_OI.numel()} weights of {name} are NaN or infinite", "repair the model")
     step = max(1, CHUNK_ELEMENTS // num_inputs)
-    parts = [_quantize_rows(part_OI, spec, group_size, scale) for part_OI in rows_OI.split(step)]
+    parts = [_quantize_rows(part_OI, spec, group_size, scale) for part_OI in torch.split(rows_OI, step)]
     codes_OI, scale_OG, zero_OG = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return Quantized(
         codes=codes_OI,

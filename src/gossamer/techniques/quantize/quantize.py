@@ -7,11 +7,12 @@ batch norms in first, so that what is rounded is what the runtime multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
@@ -138,7 +139,8 @@ class Quantize(Technique):
                 "name them under `ignore` in one of the two steps",
             )
         if any(decision.layer.kind == "conv" for decision in decisions):
-            fold_batch_norms(candidate.module)
+            example = {name: torch.from_numpy(values) for name, values in context.example.items()}
+            candidate.module, _ = fold_batch_norms(candidate.module, example, _forward_of(candidate, context))
         candidate.activations.update(self._input_grids(candidate, decisions, context))
         with context.progress.stage("rounding weights", len(decisions)) as advance:
             for decision in decisions:
@@ -240,13 +242,22 @@ class _Forward:
 
     def __iter__(self) -> Iterator[None]:
         source = self.candidate.source
-        with self.candidate.simulated() as module, torch.inference_mode():
-            with self.context.progress.stage("calibrating", len(self.context.calibration)) as advance:
-                for batch in self.context.calibration:
-                    inputs = {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
-                    source.forward(module, inputs, self.context.task.output)
-                    advance(1)
-                    yield
+        batches = self.context.calibration
+        with (
+            self.candidate.simulated() as module,
+            torch.inference_mode(),
+            self.context.progress.stage("calibrating", len(batches)) as advance,
+        ):
+            for batch in batches:
+                inputs = {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
+                source.forward(module, inputs, self.context.task.output)
+                advance(1)
+                yield
+
+
+def _forward_of(candidate: Candidate, context: Context) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+    """Return the function that runs a module of this candidate on named inputs."""
+    return lambda module, inputs: candidate.source.forward(module, inputs, context.task.output)
 
 
 def _present_targets(model: ModelMap) -> tuple[str, ...]:
