@@ -122,6 +122,7 @@ def test_two_children_take_turns(folder: Path, served: Served) -> None:
     assert pair.ratio.value > 1
 
 
+@pytest.mark.slow  # imports transformers twice
 def test_serves_a_real_model_through_the_torch_runtime(tmp_path: Path) -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification

@@ -290,7 +290,7 @@ def _int8(sets: set[str]) -> Finding:
         )
     if sets & {"avx2", "avx512f"}:
         says = (
-            "no (neither VNNI nor AMX): 8-bit weights times uint8 activations go through 16-bit sums that can saturate, "
+            "no (neither VNNI nor AMX): 8-bit weights times uint8 activations go through 16-bit sums that can saturate "
             "and gain little speed or none; 7-bit weights (reduce_range) do not saturate; size shrinks all the same"
         )
     else:
