@@ -1,1 +1,5 @@
-"""See the docs."""
+"""The command line: one short file a command; each reads its options, calls `gossamer.api`, and prints the answer."""
+
+from gossamer.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,72 @@
+"""`gossamer plan`: what each recipe would give, before anything is spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gossamer.cli import options
+from gossamer.cli.console import Screen
+
+
+def plan(
+    model: options.Model,
+    task: options.Task,
+    data: options.Data,
+    goal: options.Goal,
+    evaluation: options.Evaluation = None,
+    runtime: options.Runtime = "onnxruntime",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of a run that keeps what is measured, for optimize to go on from.")
+    ] = None,
+    column: options.Columns = None,
+    task_set: options.Settings = None,
+    calibration_rows: options.CalibrationRows = 128,
+    eval_rows: options.EvaluationRows = None,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    time: options.Time = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Predict size, latency, quality, memory and time of every recipe, most promising first."""
+    options.check_goal(goal)
+    columns, settings, budget = options.read_columns(column), options.read_settings(task_set), options.read_time(time)
+    screen = Screen(as_json=json, quiet=quiet)
+    from gossamer import api
+    from gossamer.cli.outcome import show_original, show_predictions
+
+    with screen.progress() as progress:
+        result = api.plan(
+            model,
+            task=task,
+            data=data,
+            goal=goal,
+            evaluation=evaluation,
+            runtime=runtime,
+            out=out,
+            task_settings=settings,
+            columns=columns,
+            seed=seed,
+            threads=threads,
+            calibration_rows=calibration_rows,
+            evaluation_rows=eval_rows,
+            trust_remote_code=trust_remote_code,
+            time_budget=budget,
+            progress=progress,
+        )
+    if screen.answer(result):
+        return
+    screen.line("goal", style="bold")
+    for sentence in result.goal_in_words:
+        screen.line(f"  {sentence}")
+    screen.heading("the original, in PyTorch on this machine")
+    show_original(screen, result.original)
+    screen.heading("predicted, most promising first; % is of the original")
+    show_predictions(screen, result.candidates, result.original)
+    for note in result.notes:
+        screen.line(f"note: {note}")
