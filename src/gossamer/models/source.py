@@ -94,6 +94,30 @@ class Source:
         label = name or (folder.resolve().name if Path(model).expanduser().exists() else str(model))
         return cls(label, path=folder, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
 
+    @classmethod
+    def companions(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Source:
+        """Open what lies beside an artifact (config, labels, tokenizer, image processor), whatever holds its weights.
+
+        `module` and `shipped_files` are not for such a source: the artifact's runtime opens its weights. Raises
+        ModelError when there is a config and it cannot be read.
+        """
+        path = Path(folder).expanduser()
+        if not (path / "config.json").exists():
+            return cls(path.resolve().name, path=path, trust_remote_code=trust_remote_code)
+        raw = checkpoint.read_config(path)
+        config = _read_config(path, raw, trust_remote_code)
+        return cls(path.resolve().name, path=path, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def companions(cls, folder: Path, *, trust_remote_code: bool = False) -> Source:
+        """Open what lies beside an artifact's weights: config, labels, tokenizer or processor. It has no module to read.
+
+        Raises ModelError when config.json is missing or damaged.
+        """
+        raw = checkpoint.read_config(folder)
+        config = _read_config(folder, raw, trust_remote_code)
+        return cls(folder.name, path=folder, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
+
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over config and weight files, or over a network's structure and state dict."""

@@ -2,7 +2,7 @@
 
 ONNX Runtime's, OpenVINO's and OpenMP's threads spin while they wait, so two runtimes in one process spoil each other's
 times, and memory is only attributable when the process holds one artifact. The child gets the same environment whatever
-it serves: thread counts, allocator settings, no network. Between turns it is stopped, so that its threads cost nothing.
+it serves: thread counts, no network. Between turns it is stopped, so that its threads cost nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
     from gossamer.tasks.base import Arrays
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-# glibc returns large freed blocks to the kernel and faults them in again at the next request, which slows plain PyTorch
-# by up to 45 % and others hardly: keeping the blocks is fair to the original, and equal for everything that is measured
-ALLOCATOR = {
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
 STDERR_TAIL = 4000
 
 
@@ -220,13 +213,16 @@ class Served:
 
 
 def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """Return the environment of a child: this one's, with equal threads and allocator settings and without a network.
+    """Return the environment of a child: this one's, with equal threads and without a network.
+
+    The allocator is left as the user has set it: the original is measured as its owner runs it, and glibc's default
+    costs plain PyTorch page faults that a tuned MALLOC_TRIM_THRESHOLD_ would save. Both sides get the same.
 
     The child imports what this process can import: `sys.path` is handed on.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - an import path is a string
     fixed = {name: str(threads) for name in THREAD_VARIABLES}
-    return {**environment, **fixed, **ALLOCATOR, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**environment, **fixed, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _wait(pipe: int, event: int, deadline: float) -> None:
