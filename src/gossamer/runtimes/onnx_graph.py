@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from gossamer.models.source import Source
 
-LAYOUT = 1  # counts up when this file changes what it stores, so that older cache entries are not read
+LAYOUT = 2  # counts up when this file changes what it stores, so that older cache entries are not read
 
 
 def base_graph(module: nn.Module, source: Source, request: ExportRequest) -> ir.Model:
@@ -152,6 +152,7 @@ def export_structure(module: nn.Module, source: Source, request: ExportRequest) 
     _name_tensors(model, module)
     _name_axes(model, request)
     _fold_shapes(model, tensors_of(module))
+    _drop_notes(model)
     return model
 
 
@@ -237,6 +238,19 @@ def _fold_shapes(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
     for name, const in held.items():
         if name in model.graph.initializers:
             model.graph.initializers[name].const_value = const
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """Drop the exporter's notes (a stack trace for each node, with paths of this machine)."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def drop_values(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,315 @@
+"""Turn a float ONNX graph and the codes that were decided into the graph that is served. Nothing is rounded here.
+
+Every quantized parameter is found by following its initializer to the nodes that use it:
+
+- MatMul and Gemm, weight only: com.microsoft MatMulNBits, computing in float32 (accuracy_level 1), so the output equals
+  the in-memory model's. With dynamic int8 inputs and grids of 4 bits or groups: accuracy_level 4, where the kernel
+  rounds each block of the input to int8 on its own.
+- MatMul and Gemm, int8 per channel with int8 inputs: QuantizeLinear (static) or DynamicQuantizeLinear (dynamic), once for
+  all layers that read one tensor, then com.microsoft MatMulIntegerToFloat with the bias in it: the very operators that
+  ONNX Runtime's own fusions would make of QDQ pairs and MatMulInteger chains, without depending on those fusions.
+- Conv with int8 inputs: ConvInteger, then one multiplication and the bias in float32.
+- Gather (embeddings): GatherBlockQuantized on blocks; int8 per row gathers codes and scales and multiplies.
+- anything else (a weight-only Conv, groups that no block divides): codes and scales are stored, and ONNX Runtime
+  multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
+
+Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to float32 in front that is folded when the
+file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gossamer.errors import ArtifactError
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import ActivationSpec, Quantized
+from gossamer.runtimes.onnx_graph import tensors_of
+from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, added_bias, tidy, uses_of
+from gossamer.runtimes.onnx_storage import LEDGER, Layout, block_layout, row_layout, store
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def lower(model: ir.Model, candidate: Candidate) -> None:
+    """Rewrite `model` (from `base_graph`) in place so that it holds the candidate's codes and none of their floats.
+
+    Raises ArtifactError naming a parameter that the graph does not use, or that cannot be held as asked.
+    """
+    ledger: dict[str, Any] = {}
+    graph = model.graph
+    owners = _owners(candidate.module)
+    rounded = {owner for name in candidate.quantized for owner in owners.get(name, ())}
+    if unmatched := sorted(set(candidate.activations) - rounded):
+        raise ArtifactError(
+            f"the input of {unmatched[0]} should be rounded, but its weight is not quantized",
+            "quantize the weight of every layer whose input is rounded",
+        )
+    lowering = _Lowering(Rewriter(graph))
+    for name in sorted(candidate.quantized):
+        specs = [candidate.activations[owner] for owner in owners.get(name, ()) if owner in candidate.activations]
+        ledger[name] = lowering.parameter(name, candidate.quantized[name], specs[0] if specs else None)
+    for name, tensor in tensors_of(candidate.module).items():
+        if name in graph.initializers and tensor.is_floating_point():
+            if candidate.dtype != torch.float32:
+                lowering.cast(name, candidate.dtype)
+            ledger[name] = {"shape": list(tensor.shape)}
+    lowering.rewriter.finish()
+    tidy(model)
+    model.opset_imports[CONTRIB] = 1
+    model.opset_imports[""] = max(model.opset_imports[""], 21)
+    ledger = {name: entry for name, entry in ledger.items() if "bits" in entry or name in graph.initializers}
+    model.metadata_props[LEDGER] = json.dumps(ledger, sort_keys=True)
+
+
+def _owners(module: nn.Module) -> dict[str, list[str]]:
+    """Return the modules that hold each parameter, by the parameter's first name: a tied one has several."""
+    first = {id(tensor): name for name, tensor in reversed(list(module.named_parameters()))}
+    owners: dict[str, list[str]] = {}
+    for name, part in module.named_modules():
+        for tensor in part.parameters(recurse=False):
+            owners.setdefault(first[id(tensor)], []).append(name)
+    return owners
+
+
+class _Lowering:
+    """Rewrite the uses of one parameter after another; remembers inputs that were already rounded to a grid."""
+
+    def __init__(self, rewriter: Rewriter) -> None:
+        self.rewriter = rewriter
+        self.graph = rewriter.graph
+        self.rounded: dict[tuple[Any, ...], tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def parameter(self, name: str, quantized: Quantized, activation: ActivationSpec | None) -> dict[str, Any]:
+        """Store the codes of one parameter, rewrite every node that used its floats; return the ledger's entry."""
+        weight = self.graph.initializers.get(name)
+        if weight is None:
+            raise ArtifactError(
+                f"{name} was quantized, but the exported graph does not use it",
+                "name it under `ignore`: a part that the task does not need holds no bytes in the file",
+            )
+        uses = list(uses_of(weight, quantized.transposed))
+        blocks = block_layout(quantized.codes.shape[1], quantized.spec)
+        integer = activation is not None and quantized.num_groups == 1 and quantized.spec.bits > 4
+        kinds = {kind for kind, _, _ in uses}
+        in_rows = (
+            integer
+            or "other" in kinds
+            or "conv" in kinds
+            or (kinds == {"gather"} and quantized.num_groups == 1 and quantized.spec.bits > 4)
+        )
+        layout = row_layout(quantized.spec) if in_rows or blocks is None else blocks
+        if activation is not None and not integer and (layout.kind == "rows" or activation.kind != "dynamic"):
+            raise ArtifactError(
+                f"{name} is {quantized.spec} with {activation} inputs, which ONNX Runtime cannot compute",
+                "use 5 to 8 bits per channel with rounded inputs, or leave the inputs in float",
+            )
+        entry = store(self.graph, name, quantized, layout)
+        folded = False
+        for kind, node, bias in uses:
+            if kind == "matmul" and layout.kind == "blocks":
+                self._matmul_blocks(node, name, quantized, layout, 4 if activation else 1, bias)
+            elif kind == "matmul" and integer and activation is not None:
+                self._matmul_integer(node, name, quantized, activation, bias)
+            elif kind == "conv" and integer and activation is not None:
+                self._conv_integer(node, name, quantized, activation)
+            elif kind == "gather" and layout.kind == "blocks":
+                self._gather_blocks(node, name, quantized, layout)
+            elif kind == "gather" and quantized.num_groups == 1 and layout.bits == 8:
+                self._gather_rows(node, name, quantized)
+            else:
+                folded = True
+        if folded:
+            weight.replace_all_uses_with(self._multiply_out(name, quantized))
+        self.rewriter.drop(name)
+        return entry
+
+    def cast(self, name: str, dtype: torch.dtype) -> None:
+        """Store a float tensor as `dtype`; a Cast in front gives its users float32 again."""
+        import onnx_ir as ir
+
+        value = self.graph.initializers.pop(name)
+        assert value.const_value is not None
+        kind = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
+        array = value.const_value.numpy().astype(kind.numpy())
+        small = ir.Value(
+            name=name, const_value=ir.tensor(array, dtype=kind, name=name), shape=value.shape, type=ir.TensorType(kind)
+        )
+        value.name = f"{name}.replaced"
+        self.graph.initializers[name] = small
+        value.replace_all_uses_with(self.rewriter.once("Cast", [small], f"{name}.float32", to=ir.DataType.FLOAT.value))
+
+    # -- one method for each way to compute with a stored parameter
+
+    def _matmul_blocks(
+        self, node: ir.Node, name: str, quantized: Quantized, layout: Layout, accuracy: int, bias: ir.Value | None
+    ) -> None:
+        rows, inputs = quantized.codes.shape
+        operands = [
+            node.inputs[0],
+            self.graph.initializers[f"{name}.codes"],
+            *self._block_grid(name, quantized, layout),
+        ]
+        product = self.rewriter.before(
+            node, "MatMulNBits", operands, CONTRIB, K=inputs, N=rows, bits=layout.bits, block_size=layout.block,
+            accuracy_level=accuracy,
+        )  # fmt: skip
+        self.rewriter.replace(node, self.rewriter.before(node, "Add", [product, bias]) if bias is not None else product)
+
+    def _block_grid(self, name: str, quantized: Quantized, layout: Layout) -> list[ir.Value]:
+        """Return scales [O, B] and, for an asymmetric grid, packed zero points, repeated to one a block."""
+        rows, inputs = quantized.codes.shape
+        blocks, groups = inputs // layout.block, quantized.num_groups
+        scale = self.graph.initializers[f"{name}.scale"]
+        if groups == 1 and blocks > 1:
+            scale = self.rewriter.once("Expand", [scale, self.rewriter.ints([rows, blocks])], f"{name}.scale.blocks")
+        elif blocks != groups:
+            columns = self.rewriter.once(
+                "Reshape", [scale, self.rewriter.ints([rows, groups, 1])], f"{name}.scale.column"
+            )
+            wide = self.rewriter.ints([rows, groups, blocks // groups])
+            repeated = self.rewriter.once("Expand", [columns, wide], f"{name}.scale.repeated")
+            scale = self.rewriter.once(
+                "Reshape", [repeated, self.rewriter.ints([rows, blocks])], f"{name}.scale.blocks"
+            )
+        if quantized.zero_point is None:
+            return [scale]
+        zero = self.graph.initializers[f"{name}.zero_point"]
+        num_bytes = math.ceil(blocks * layout.bits / 8)
+        if groups == 1 and num_bytes > 1:
+            zero = self.rewriter.once(
+                "Expand", [zero, self.rewriter.ints([rows, num_bytes])], f"{name}.zero_point.blocks"
+            )
+        return [scale, zero]
+
+    def _gather_blocks(self, node: ir.Node, name: str, quantized: Quantized, layout: Layout) -> None:
+        rows, inputs = quantized.codes.shape
+        flat = self.rewriter.ints([rows, inputs * layout.bits // 8])
+        codes = self.rewriter.once("Reshape", [self.graph.initializers[f"{name}.codes"], flat], f"{name}.codes.flat")
+        operands = [codes, node.inputs[1], *self._block_grid(name, quantized, layout)]
+        rows_out = self.rewriter.before(
+            node, "GatherBlockQuantized", operands, CONTRIB, bits=layout.bits, block_size=layout.block, gather_axis=0,
+            quantize_axis=1,
+        )  # fmt: skip
+        self.rewriter.replace(node, rows_out)
+
+    def _gather_rows(self, node: ir.Node, name: str, quantized: Quantized) -> None:
+        indices, held = node.inputs[1], self.graph.initializers
+        codes = self.rewriter.before(node, "Gather", [held[f"{name}.codes"], indices], axis=0)
+        values = self.rewriter.before(node, "Cast", [codes], to=1)
+        if quantized.zero_point is not None:
+            zero = self.rewriter.before(node, "Gather", [held[f"{name}.zero_point"], indices], axis=0)
+            values = self.rewriter.before(node, "Sub", [values, self.rewriter.before(node, "Cast", [zero], to=1)])
+        scale = self.rewriter.before(node, "Gather", [held[f"{name}.scale"], indices], axis=0)
+        self.rewriter.replace(node, self.rewriter.before(node, "Mul", [values, scale]))
+
+    def _matmul_integer(
+        self, node: ir.Node, name: str, quantized: Quantized, activation: ActivationSpec, bias: ir.Value | None
+    ) -> None:
+        assert node.inputs[0] is not None
+        codes, scale, zero = self._rounded(node.inputs[0], activation)
+        held = self.graph.initializers
+        columns = self.rewriter.once("Transpose", [held[f"{name}.codes"]], f"{name}.codes.columns", perm=[1, 0])
+        per_row = self.rewriter.once("Reshape", [held[f"{name}.scale"], self.rewriter.ints([-1])], f"{name}.scale.row")
+        weight_zero = None
+        if quantized.zero_point is not None:
+            flat = [held[f"{name}.zero_point"], self.rewriter.ints([-1])]
+            weight_zero = self.rewriter.once("Reshape", flat, f"{name}.zero_point.row")
+        last = node
+        if bias is None and (following := added_bias(node)) is not None:
+            last, bias = following
+        operands = [codes, columns, scale, per_row, zero, weight_zero, bias]
+        product = self.rewriter.before(last, "MatMulIntegerToFloat", operands, CONTRIB)
+        self.rewriter.replace(last, product)
+        if last is not node:
+            self.graph.remove(node, safe=True)
+
+    def _conv_integer(self, node: ir.Node, name: str, quantized: Quantized, activation: ActivationSpec) -> None:
+        assert node.inputs[0] is not None
+        if quantized.zero_point is not None or activation.symmetric:
+            raise ArtifactError(
+                f"{name} is {quantized.spec} with {activation} inputs; ConvInteger takes symmetric weights, uint8 inputs",
+                "use a symmetric weight grid and an asymmetric input grid for convolutions",
+            )
+        codes, scale, zero = self._rounded(node.inputs[0], activation)
+        held, rank = self.graph.initializers, len(quantized.shape)
+        kernel = self.rewriter.once(
+            "Reshape", [held[f"{name}.codes"], self.rewriter.ints(quantized.shape)], f"{name}.codes.kernel"
+        )
+        sums = self.rewriter.before(node, "ConvInteger", [codes, kernel, zero], **_settings(node))
+        per_channel = [1, -1] + [1] * (rank - 2)
+        column = self.rewriter.once(
+            "Reshape", [held[f"{name}.scale"], self.rewriter.ints(per_channel)], f"{name}.scale.channel"
+        )
+        result = self.rewriter.before(node, "Mul", [self.rewriter.before(node, "Cast", [sums], to=1),
+                                            self.rewriter.before(node, "Mul", [column, scale])])  # fmt: skip
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            shift = self.rewriter.once("Reshape", [bias, self.rewriter.ints(per_channel)], f"{bias.name}.channel")
+            result = self.rewriter.before(node, "Add", [result, shift])
+        self.rewriter.replace(node, result)
+
+    def _multiply_out(self, name: str, quantized: Quantized) -> ir.Value:
+        """Return the float weight in the parameter's own shape, computed from stored tensors alone (folded at load)."""
+        rows, inputs = quantized.codes.shape
+        groups, held = quantized.num_groups, self.graph.initializers
+        cast = self.rewriter.once("Cast", [held[f"{name}.codes"]], f"{name}.values", to=1)
+        values = self.rewriter.once(
+            "Reshape", [cast, self.rewriter.ints([rows, groups, inputs // groups])], f"{name}.grouped"
+        )
+        if quantized.zero_point is not None:
+            zero = self.rewriter.once("Cast", [held[f"{name}.zero_point"]], f"{name}.zero_point.values", to=1)
+            zero = self.rewriter.once(
+                "Reshape", [zero, self.rewriter.ints([rows, groups, 1])], f"{name}.zero_point.column"
+            )
+            values = self.rewriter.once("Sub", [values, zero], f"{name}.centred")
+        scale = self.rewriter.once(
+            "Reshape", [held[f"{name}.scale"], self.rewriter.ints([rows, groups, 1])], f"{name}.scale.column"
+        )
+        values = self.rewriter.once("Mul", [values, scale], f"{name}.scaled")
+        if not quantized.transposed:
+            return self.rewriter.once("Reshape", [values, self.rewriter.ints(quantized.shape)], f"{name}.float")
+        matrix = self.rewriter.once("Reshape", [values, self.rewriter.ints([rows, inputs])], f"{name}.matrix")
+        return self.rewriter.once("Transpose", [matrix], f"{name}.float", perm=[1, 0])
+
+    # -- small parts
+
+    def _rounded(self, value: ir.Value, spec: ActivationSpec) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Return codes, scale and zero point of an input; layers that read one tensor on one grid share them."""
+        grid = spec.static_grid() if spec.kind == "static" else None
+        key = (id(value), spec.symmetric, grid)
+        if key not in self.rounded:
+            self.rounded[key] = self._round(value, spec, grid)
+        return self.rounded[key]
+
+    def _round(
+        self, value: ir.Value, spec: ActivationSpec, grid: tuple[float, int] | None
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        behind, scalar = self.rewriter.behind, self.rewriter.scalar
+        if grid is not None:
+            zero = scalar(np.int8(grid[1]) if spec.symmetric else np.uint8(grid[1]))
+            scale = scalar(np.float32(grid[0]))
+            return behind(value, "QuantizeLinear", [value, scale, zero]), scale, zero
+        if not spec.symmetric:
+            codes = behind(value, "DynamicQuantizeLinear", [value], outputs=3)
+            maker = codes.producer()
+            assert maker is not None
+            return codes, maker.outputs[1], maker.outputs[2]
+        size = behind(value, "Abs", [value])
+        largest = behind(size, "ReduceMax", [size], keepdims=0)
+        step = behind(largest, "Div", [largest, scalar(np.float32(127.0))])
+        scale = behind(step, "Max", [step, scalar(np.finfo(np.float32).tiny)])
+        zero = scalar(np.int8(0))
+        return behind(scale, "QuantizeLinear", [value, scale, zero]), scale, zero
+
+
+def _settings(conv: ir.Node) -> dict[str, Any]:
+    """Return a convolution's strides, pads and so on, for the integer convolution that takes its place."""
+    return {name: attribute.value for name, attribute in conv.attributes.items()}

@@ -1,0 +1,198 @@
+"""How an ONNX file holds quantized parameters: which tensors, how many bytes, and how to read them back.
+
+Two layouts, chosen from shape and grid alone:
+
+- `blocks`, what MatMulNBits and GatherBlockQuantized read: unsigned codes of 2, 4 or 8 bits, low bits first, as
+  uint8 [O, I / block, block * bits / 8]. `block` is the largest of 256, 128, 64, 32, 16 that divides the group, so nothing is
+  ever padded. A head and an embedding that are tied read the same bytes.
+- `rows`, for everything else: signed codes [O, I] as INT8 (one byte) or INT4 (two a byte).
+
+Codes of 3 bits lie in 4-bit containers, 5 to 7 in 8-bit ones; adding 2^(b-1) to code and zero point turns signed into
+unsigned and changes no value. Scales are stored once for each group of the grid, float32 [O, G]; where a kernel wants
+one a block they are repeated by an Expand that ONNX Runtime folds when it opens the file. The same holds for every
+Transpose and Cast of a stored tensor: the file is small, and what is folded costs time only once.
+
+Shape suffixes: O output channels, I inputs, G groups of the grid in a row, B blocks of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.errors import ArtifactError
+from gossamer.models.quantized import Quantized, QuantSpec
+from gossamer.runtimes.base import StoredTensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes
+LEDGER = "gossamer.tensors"  # key of the model's metadata: what each stored parameter is
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say how codes lie in the file: `bits` of the container, `block` inputs of a block (0 for rows)."""
+
+    kind: Literal["blocks", "rows"]
+    bits: int
+    block: int = 0
+
+
+def block_layout(num_inputs: int, spec: QuantSpec) -> Layout | None:
+    """Return the `blocks` layout of a weight with rows of `num_inputs`, or None when no block divides its groups."""
+    group = spec.group_size or num_inputs
+    block = next((size for size in BLOCKS if group % size == 0), None)
+    bits = 2 if spec.bits == 2 else 4 if spec.bits <= 4 else 8
+    return Layout("blocks", bits, block) if block and num_inputs % group == 0 else None
+
+
+def row_layout(spec: QuantSpec) -> Layout:
+    """Return the `rows` layout of a grid."""
+    return Layout("rows", 4 if spec.bits <= 4 else 8)
+
+
+def parameter_bytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout) -> int:
+    """Return the bytes of codes, scales and zero points of a weight [O, I...]."""
+    rows, inputs = shape[0], math.prod(shape[1:])
+    groups = inputs // (spec.group_size or inputs)
+    total = math.ceil(rows * inputs * layout.bits / 8) + 4 * rows * groups
+    if spec.symmetric:
+        return total
+    if layout.kind == "rows":
+        return total + math.ceil(rows * groups * layout.bits / 8)
+    return total + rows * math.ceil(_num_zero_points(inputs, groups, layout) * layout.bits / 8)
+
+
+def _num_zero_points(inputs: int, groups: int, layout: Layout) -> int:
+    """Return how many zero points of a row are stored: one a group, or one a block where those differ (packed bits
+    cannot be repeated by an Expand), or one for the whole row.
+    """
+    blocks = inputs // layout.block
+    return 1 if groups == 1 else blocks
+
+
+def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Return unsigned codes [..., n] packed low bits first, [..., ceil(n * bits / 8)]; the tail is filled with zeros.
+
+    >>> pack_bits(np.array([1, 2, 3], np.uint8), 4).tolist()
+    [33, 3]
+    """
+    per_byte = 8 // bits
+    tail = -codes.shape[-1] % per_byte
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, tail)])
+    lanes = padded.reshape(*padded.shape[:-1], -1, per_byte)
+    packed = np.zeros(lanes.shape[:-1], np.uint8)
+    for lane in range(per_byte):
+        packed |= lanes[..., lane] << np.uint8(bits * lane)
+    return packed
+
+
+def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """Return the first `count` codes of each row that `pack_bits` packed."""
+    lanes = [(packed >> np.uint8(bits * lane)) & np.uint8(2**bits - 1) for lane in range(8 // bits)]
+    return np.stack(lanes, axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> dict[str, Any]:
+    """Add initializers `name.codes`, `name.scale` and (asymmetric) `name.zero_point`; return the ledger's entry."""
+    codes_OI = quantized.codes.cpu().numpy()
+    zero_OG = None if quantized.zero_point is None else quantized.zero_point.cpu().numpy()
+    if layout.kind == "blocks":
+        _store_blocks(graph, name, codes_OI, zero_OG, layout)
+    else:
+        kind = "INT4" if layout.bits == 4 else "INT8"
+        _add(graph, f"{name}.codes", codes_OI, kind)
+        if zero_OG is not None:
+            _add(graph, f"{name}.zero_point", zero_OG, kind)
+    _add(graph, f"{name}.scale", quantized.scale.float().cpu().numpy())
+    spec = quantized.spec
+    return {
+        "bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "shape": list(quantized.shape),
+        "matrix": list(codes_OI.shape), "container": layout.bits, "block": layout.block,
+    }  # fmt: skip
+
+
+def _store_blocks(
+    graph: ir.Graph, name: str, codes_OI: NDArray[np.int8], zero_OG: NDArray[np.int8] | None, layout: Layout
+) -> None:
+    offset = 2 ** (layout.bits - 1)
+    rows, inputs = codes_OI.shape
+    unsigned = (codes_OI.astype(np.int16) + offset).astype(np.uint8)
+    _add(graph, f"{name}.codes", pack_bits(unsigned.reshape(rows, inputs // layout.block, layout.block), layout.bits))
+    if zero_OG is None:
+        return
+    zero_OB = (zero_OG.astype(np.int16) + offset).astype(np.uint8)
+    if zero_OG.shape[1] == 1:  # one byte a row, every lane the same: an Expand repeats it for all blocks
+        zero_OB = np.repeat(zero_OB, 8 // layout.bits, axis=1)
+    else:
+        zero_OB = np.repeat(zero_OB, inputs // layout.block // zero_OG.shape[1], axis=1)
+    _add(graph, f"{name}.zero_point", pack_bits(zero_OB, layout.bits))
+
+
+def _add(graph: ir.Graph, name: str, array: NDArray[Any], kind: str | None = None) -> None:
+    import onnx_ir as ir
+
+    dtype = ir.DataType[kind] if kind else None
+    values = array.astype(dtype.numpy()) if dtype else array
+    tensor = ir.tensor(np.ascontiguousarray(values), dtype=dtype, name=name)
+    graph.initializers[name] = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
+
+
+def read_stored(model: ir.Model) -> list[StoredTensor]:
+    """Return how each parameter of the model lies in the file, checked against the tensors themselves.
+
+    Raises ArtifactError when the ledger and the tensors disagree: codes outside their grid, scales of another grouping.
+    """
+    held = {name: value.const_value for name, value in model.graph.initializers.items()}
+    ledger: dict[str, dict[str, Any]] = json.loads(model.metadata_props.get(LEDGER, "{}"))
+    found = []
+    for name, entry in sorted(ledger.items()):
+        if "bits" in entry:
+            found.append(_read_quantized(name, entry, held))
+            continue
+        tensor = held.get(name)
+        if tensor is None:
+            raise ArtifactError(f"the file names {name} but does not hold it", "write the artifact again")
+        bits = tensor.dtype.itemsize * 8
+        kind = tensor.dtype.name.lower().replace("float", "float32") if bits == 32 else tensor.dtype.name.lower()
+        found.append(StoredTensor(name, kind, int(bits), None, True, tuple(entry["shape"]), tensor.nbytes))
+    return found
+
+
+def _read_quantized(name: str, entry: dict[str, Any], held: dict[str, Any]) -> StoredTensor:
+    parts = [held[part] for part in (f"{name}.codes", f"{name}.scale", f"{name}.zero_point") if held.get(part)]
+    if held.get(f"{name}.codes") is None or held.get(f"{name}.scale") is None:
+        raise ArtifactError(f"the file names {name} as quantized but holds no codes for it", "write the artifact again")
+    rows, inputs = entry["matrix"]
+    codes = parts[0].numpy()
+    if entry["block"]:
+        offset = 2 ** (entry["container"] - 1)
+        codes = unpack_bits(codes, entry["container"], entry["block"]).astype(np.int16) - offset
+    codes = codes.astype(np.int16)
+    limit = 2 ** (entry["bits"] - 1)
+    groups = inputs // (entry["group_size"] or inputs)
+    symmetric = held.get(f"{name}.zero_point") is None
+    wrong = None
+    if codes.size != rows * inputs or codes.min() < -limit or codes.max() >= limit:
+        span = f"{codes.size} codes {codes.min()}..{codes.max()}"
+        wrong = f"{span} do not fit {entry['bits']} bits [{rows}, {inputs}]"
+    elif tuple(parts[1].shape) != (rows, groups):
+        wrong = f"scales {tuple(parts[1].shape)} do not fit {groups} groups of {rows} rows"
+    elif symmetric != entry["symmetric"]:
+        wrong = f"zero points {'absent' if symmetric else 'present'}, symmetric = {entry['symmetric']}"
+    elif name in held:
+        wrong = "a float copy lies beside the codes"
+    if wrong:
+        raise ArtifactError(f"{name}: {wrong}", "write the artifact again")
+    kind = f"int{entry['bits']}"
+    size = sum(part.nbytes for part in parts)
+    return StoredTensor(name, kind, entry["bits"], entry["group_size"], symmetric, tuple(entry["shape"]), size)
