@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+
 from gossamer.data.table import PLACE, Row, Table
 from gossamer.errors import DataError
 
@@ -112,12 +114,12 @@ def _checked(cell: Any, role: str, column: str, place: str) -> Any:
     if role in ("text", "text_pair"):
         if missing or (isinstance(cell, str) and not cell.strip()):
             raise DataError(f"{place}: the {role} (column {column!r}) is empty", "remove the row, or fill it in")
-        if not isinstance(cell, str):
+        if not isinstance(cell, str) and not is_token_ids(cell):
             raise DataError(
                 f"{place}: the {role} (column {column!r}) is a {type(cell).__name__}, not text",
                 f"say which column holds the text: --column {role}=NAME",
             )
-    elif missing or cell == "":
+    elif missing or (isinstance(cell, str) and not cell):
         raise DataError(f"{place}: the {role} (column {column!r}) is missing", "remove the row, or fill it in")
     return cell
 
@@ -126,6 +128,13 @@ def _class_name(label: Any, names: tuple[str, ...], place: str) -> str:
     if not isinstance(label, int) or not 0 <= label < len(names):
         raise DataError(f"{place}: label {label!r} is not one of the {len(names)} classes 0 to {len(names) - 1}")
     return names[label]
+
+
+def is_token_ids(cell: object) -> bool:
+    """Tell whether a cell holds a text that is tokens already: a list or an array of whole numbers."""
+    if isinstance(cell, np.ndarray):
+        return cell.ndim == 1 and cell.size > 0 and np.issubdtype(cell.dtype, np.integer)
+    return isinstance(cell, list | tuple) and len(cell) > 0 and all(type(token) is int for token in cell)
 
 
 def _listed(columns: Collection[str]) -> str:

@@ -12,8 +12,9 @@ Divergence from the original is KL(p || q) per token, p the original, q the cand
     KL_k = sum_{i in top k} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest)
 
 By the log-sum inequality KL_k <= KL, and what is missing is exactly p_rest * KL(p | rest  ||  q | rest): the divergence
-within the bucket, times its mass. It is small when the top k hold nearly all of the mass, and it vanishes where the
-candidate changes the bucket as a whole.
+within the bucket, times its mass. It vanishes where the candidate scales the bucket as a whole, and is small when the
+top k hold nearly all of the mass. Measured on SmolLM2-135M against a crude 4-bit copy: the top 64 hold 91 %, and an
+exact 1.232 nats reads as 0.978 (k = 16), 1.102 (k = 64) or 1.171 (k = 256).
 
 Only one batch of logits is in memory at a time, and is worked on in slices of `_SLICE` positions.
 
@@ -33,10 +34,10 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from gossamer.data.table import place_of
+from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, MeasureError, TaskError
 from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, Scores, Task
-from gossamer.tasks.tokens import accepted_inputs, check_length, median_request
+from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -83,8 +84,9 @@ class CausalLM(Task):
 
         Samples are documents, numbered in order of the rows; a document of fewer than two tokens has nothing to score
         and is not a sample. With `max_tokens` documents are taken in order until so many tokens are scored.
+        A text may also be a list of token ids, for models without a tokenizer.
         """
-        tokenizer = source.processor()
+        tokenizer = None if all(is_token_ids(row.get("text")) for row in rows) else source.processor()
         check_length(self.context, "context", source, tokenizer)
         windows = self._windows(rows, tokenizer)
         if not windows:
@@ -112,10 +114,9 @@ class CausalLM(Task):
         sample = 0
         left = self.max_tokens
         for index, row in enumerate(rows):
-            text = row.get("text")
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{place_of(row, index)}: the text is empty", "remove the row, or fill it in")
-            tokens = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+            cell = row.get("text")
+            ids = cell if is_token_ids(cell) else tokenizer(text_of(row, "text", index), verbose=False)["input_ids"]
+            tokens = np.array(ids, dtype=np.int64)
             first = len(windows)
             for start in range(0, len(tokens) - 1, self.context):
                 stop = start + self.context if left is None else min(start + self.context, start + left + 1)

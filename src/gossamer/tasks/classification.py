@@ -117,14 +117,17 @@ class _Labels:
         self.listed = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
         # LABEL_0, LABEL_1: transformers' placeholders name nothing
         self.named = bool(labels) and any(label != f"LABEL_{number}" for number, label in enumerate(labels))
-        self.numbers = {label.casefold().strip(): number for number, label in enumerate(labels)}
+        exact = {label: number for number, label in enumerate(labels)}
+        self.numbers = {label.casefold().strip(): number for label, number in exact.items()} | exact
 
     def number(self, row: Row, place: str) -> int:
         label = row.get("label")
         name = row.get("label_name")
         asked = name if name is not None and self.named else label
-        if isinstance(asked, str) and (number := self.numbers.get(asked.casefold().strip())) is not None:
-            return number
+        if isinstance(asked, str):
+            number = self.numbers.get(asked, self.numbers.get(asked.casefold().strip()))
+            if number is not None:
+                return number
         if not (name is not None and self.named):
             number = _as_number(label)
             if number is not None and number >= 0 and (self.count is None or number < self.count):

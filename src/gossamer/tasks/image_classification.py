@@ -6,9 +6,10 @@ import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -37,26 +38,27 @@ class ImageClassification(Classification):
     def batches(self, rows: Sequence[Row], source: Source, *, batch_size: int = 1) -> list[Batch]:
         """Return the rows' pixels in their order, float32 [B, channels, height, width].
 
+        An image may also be an array [channels, height, width] of prepared pixels, for models without a processor.
+
         Every image is decoded here, so that a corrupt one is known before anything is measured. The pixels are kept
         in an unnamed temporary file that is mapped into memory: ten thousand large images need disk, not memory.
         """
-        processor = source.processor()
         if not rows:
             raise DataError("there are no rows", "give at least one row")
         labels_N = labels_of(rows, source)
+        prepared = all(isinstance(row.get("image"), np.ndarray) for row in rows)
+        processor = None if prepared else source.processor()
         mode = "L" if getattr(source.config, "num_channels", 3) == 1 else "RGB"
         starts = range(0, len(rows), batch_size)
         shapes = []
         with tempfile.TemporaryFile() as file:
             for start in starts:
-                part = rows[start : start + batch_size]
-                images = [
-                    read_image(row.get("image"), place_of(row, start + index), mode) for index, row in enumerate(part)
+                part = [
+                    (row, place_of(row, index)) for index, row in enumerate(rows[start : start + batch_size], start)
                 ]
-                pixels = np.ascontiguousarray(processor(images, return_tensors="np")["pixel_values"], dtype=np.float32)
+                pixels = _stacked(part) if processor is None else _processed(part, processor, mode)
                 shapes.append(pixels.shape)
-                file.write(pixels.tobytes())
-            file.flush()
+                _append(file, pixels)
             stored = np.memmap(file, dtype=np.float32, mode="r+").view(np.ndarray)
         found = []
         offset = 0
@@ -76,6 +78,30 @@ class ImageClassification(Classification):
         median = np.sort(sizes)[(len(sizes) - 1) // 2]
         batch = batches[int(np.flatnonzero(sizes == median)[0])]
         return {name: np.array(values[:1]) for name, values in batch.inputs.items()}
+
+
+def _processed(part: list[tuple[Row, str]], processor: Any, mode: str) -> NDArray[np.float32]:
+    images = [read_image(row.get("image"), place, mode) for row, place in part]
+    return np.asarray(processor(images, return_tensors="np")["pixel_values"], dtype=np.float32)
+
+
+def _stacked(part: list[tuple[Row, str]]) -> NDArray[np.float32]:
+    shape = part[0][0]["image"].shape
+    for row, place in part:
+        if row["image"].shape != shape:
+            raise DataError(f"{place}: pixels of shape {row['image'].shape} in a batch of {shape}", "use batch_size=1")
+    return np.stack([row["image"] for row, _ in part]).astype(np.float32)
+
+
+def _append(file: IO[bytes], pixels: NDArray[np.float32]) -> None:
+    try:
+        file.write(pixels.tobytes())
+        file.flush()
+    except OSError as error:
+        raise DataError(
+            f"no room for {pixels.nbytes} more bytes of pixels in {tempfile.gettempdir()}: {error.strerror}",
+            "free some space there, set TMPDIR to another disk, or give fewer rows",
+        ) from error
 
 
 def read_image(cell: Any, place: str, mode: str) -> Image.Image:

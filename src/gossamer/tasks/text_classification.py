@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from gossamer.data.table import place_of
+from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, TaskError
 from gossamer.tasks.base import Arrays, Batch, Row
 from gossamer.tasks.classification import LABEL_NAMES, Classification, labels_of
-from gossamer.tasks.tokens import accepted_inputs, check_length, median_request
+from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -38,7 +39,7 @@ class TextClassification(Classification):
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": (
             "sentence", "sentence1", "premise", "question", "question1", "content", "review", "body", "message",
-            "document", "article", "tweet", "comment", "utterance", "query", "text1",
+            "document", "article", "tweet", "comment", "utterance", "query", "text1", "input_ids",
         ),
         "text_pair": ("sentence2", "hypothesis", "question2", "text2", "passage"),
         "label": LABEL_NAMES,
@@ -49,12 +50,17 @@ class TextClassification(Classification):
     )
 
     def batches(self, rows: Sequence[Row], source: Source, *, batch_size: int = 1) -> list[Batch]:
-        """Return tokenised rows in their order, padded to the longest of each batch (one row: no padding), as int64."""
-        tokenizer = source.processor()
-        check_length(self.max_length, "max_length", source, tokenizer)
+        """Return tokenised rows in their order, padded to the longest of each batch (one row: no padding), as int64.
+
+        A text may also be a list of token ids, for models without a tokenizer.
+        """
         if not rows:
             raise DataError("there are no rows", "give at least one row")
         labels_N = labels_of(rows, source)
+        if all(is_token_ids(row.get("text")) for row in rows):
+            return self._token_batches(rows, source, labels_N, batch_size)
+        tokenizer = source.processor()
+        check_length(self.max_length, "max_length", source, tokenizer)
         names = accepted_inputs(source, tokenizer.model_input_names)
         if batch_size > 1 and tokenizer.pad_token is None:
             raise TaskError(f"the tokenizer of {source.name} has no padding token", "use batch_size=1, or give it one")
@@ -62,7 +68,7 @@ class TextClassification(Classification):
         for start in range(0, len(rows), batch_size):
             stop = min(start + batch_size, len(rows))
             encoded = tokenizer(
-                [_text(rows[index], "text", index) for index in range(start, stop)],
+                [text_of(rows[index], "text", index) for index in range(start, stop)],
                 _pairs(rows, start, stop),
                 truncation=True,
                 max_length=self.max_length,
@@ -70,6 +76,24 @@ class TextClassification(Classification):
                 return_tensors="np",
             )
             inputs: Arrays = {name: encoded[name].astype(np.int64) for name in names if name in encoded}
+            targets = {} if labels_N is None else {"labels": labels_N[start:stop]}
+            found.append(Batch(inputs, np.arange(start, stop), targets))
+        return found
+
+    def _token_batches(
+        self, rows: Sequence[Row], source: Source, labels_N: NDArray[np.int64] | None, batch_size: int
+    ) -> list[Batch]:
+        names = accepted_inputs(source, ["input_ids", "attention_mask"])
+        found = []
+        for start in range(0, len(rows), batch_size):
+            part = [
+                np.asarray(row["text"], dtype=np.int64)[: self.max_length] for row in rows[start : start + batch_size]
+            ]
+            longest = max(len(tokens) for tokens in part)
+            ids = np.stack([np.pad(tokens, (0, longest - len(tokens))) for tokens in part])
+            mask = np.stack([np.arange(longest) < len(tokens) for tokens in part]).astype(np.int64)
+            inputs = {name: values for name, values in (("input_ids", ids), ("attention_mask", mask)) if name in names}
+            stop = start + len(part)
             targets = {} if labels_N is None else {"labels": labels_N[start:stop]}
             found.append(Batch(inputs, np.arange(start, stop), targets))
         return found
@@ -84,14 +108,7 @@ class TextClassification(Classification):
         return median_request(batches, self.latency_tokens)
 
 
-def _text(row: Row, role: str, index: int) -> str:
-    text: Any = row.get(role)
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{place_of(row, index)}: the {role} is empty", "remove the row, or fill it in")
-    return text
-
-
 def _pairs(rows: Sequence[Row], start: int, stop: int) -> list[str] | None:
     if not any("text_pair" in rows[index] for index in range(start, stop)):
         return None
-    return [_text(rows[index], "text_pair", index) for index in range(start, stop)]
+    return [text_of(rows[index], "text_pair", index) for index in range(start, stop)]

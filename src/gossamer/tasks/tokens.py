@@ -10,8 +10,9 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
-from gossamer.errors import TaskError
-from gossamer.tasks.base import Arrays, Batch
+from gossamer.data.table import place_of
+from gossamer.errors import DataError, TaskError
+from gossamer.tasks.base import Arrays, Batch, Row
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -41,6 +42,14 @@ def check_length(length: int, setting: str, source: Source, tokenizer: Any) -> N
         raise TaskError(
             f"{setting} {length} is more than the {limit} positions of {source.name}", f"use {setting}={limit}"
         )
+
+
+def text_of(row: Row, role: str, index: int) -> str:
+    """Return a row's text. Raises DataError naming the row when there is none."""
+    text: Any = row.get(role)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{place_of(row, index)}: the {role} is empty", "remove the row, or fill it in")
+    return text
 
 
 def median_request(batches: Sequence[Batch], length: int | None) -> Arrays:
