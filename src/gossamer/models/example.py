@@ -52,7 +52,7 @@ def _tokens(config: PretrainedConfig) -> Tensor | None:
     length = min(LENGTH, longest - 2) if longest > 4 else longest
     tokens = (torch.arange(length) * 7 + 3) % vocabulary
     end = _setting(config, "eos_token_id")
-    if end is not None:  # exactly one end of text: BART's classifier reads there
+    if end is not None and 0 <= end < vocabulary:  # exactly one end of text: BART's classifier reads there
         tokens = torch.where(tokens == end, (end + 1) % vocabulary, tokens)
         tokens[-1] = end
     return tokens.unsqueeze(0)

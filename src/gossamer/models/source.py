@@ -108,16 +108,6 @@ class Source:
         config = _read_config(path, raw, trust_remote_code)
         return cls(path.resolve().name, path=path, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
 
-    @classmethod
-    def companions(cls, folder: Path, *, trust_remote_code: bool = False) -> Source:
-        """Open what lies beside an artifact's weights: config, labels, tokenizer or processor. It has no module to read.
-
-        Raises ModelError when config.json is missing or damaged.
-        """
-        raw = checkpoint.read_config(folder)
-        config = _read_config(folder, raw, trust_remote_code)
-        return cls(folder.name, path=folder, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
-
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over config and weight files, or over a network's structure and state dict."""
