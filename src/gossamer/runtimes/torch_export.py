@@ -41,19 +41,15 @@ class Served(nn.Module):
         super().__init__()
         self.model = cast_copy(candidate.module, candidate.dtype)
         self._forward: Callable[..., Tensor] = candidate.source.forward
-        self._from_hub = candidate.source.config is not None
         self._dtype = candidate.dtype
         self._inputs = inputs
-        self._outputs = outputs if self._from_hub else outputs[:1]
+        self._outputs = outputs if candidate.source.config is not None else outputs[:1]  # a function gives one
 
     def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the order of their names; `arguments` are in the order of the inputs' names."""
         cast = [value.to(self._dtype) if value.is_floating_point() else value for value in arguments]
         inputs = dict(zip(self._inputs, cast, strict=True))
-        if not self._from_hub:
-            return (self._forward(self.model, inputs).float(),)
-        found = self.model(**inputs)
-        return tuple(found[name].float() for name in self._outputs)
+        return tuple(self._forward(self.model, inputs, name).float() for name in self._outputs)
 
     def names(self) -> str:
         """Return the names of inputs and outputs as JSON."""

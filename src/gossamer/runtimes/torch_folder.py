@@ -14,7 +14,6 @@ A model that is not from Hugging Face is stored as a torch.export program instea
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,22 +23,23 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
+from gossamer.runtimes.manifest import copy_companions
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
 from gossamer.tasks.base import Arrays, Task
 
 METADATA = {"format": "pt", "written_by": "gossamer"}
 MAX_SHARD_SIZE = "5GB"
 FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
 # layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
 UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
 
@@ -106,14 +106,17 @@ class TorchFolder(Runtime):
         activation: ActivationSpec | None = None,
         tied: bool = False,
     ) -> int:
-        """Return the bytes of one parameter in the file; a layer whose inputs are rounded and a shared table take int8.
+        """Return the bytes of one parameter in the file.
+
+        A layer whose inputs are rounded (`activation`) and an embedding take 8 bits per code; `tied` says that the
+        output layer shares the embedding, which costs a second copy of the scales.
 
         >>> TorchFolder().stored_bytes("q", (64, 64), QuantSpec(bits=4, group_size=32), 4)
         2576
         """
         if spec is None:
             return int(np.prod(shape, dtype=np.int64)) * dtype_bytes
-        layout = lowering.layout_of(activation, tied)
+        layout = lowering.layout_of(activation, role == "embedding" or tied)
         return lowering.layer_bytes(shape, spec, dtype_bytes, layout, copies=2 if tied else 1)
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
@@ -135,9 +138,7 @@ class TorchFolder(Runtime):
             config["quantization_config"] = lowering.quantization_config(settings, _untouched(candidate, layers))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _save(tensors, folder)
-        for path in candidate.source.shipped_files():
-            if path.suffix not in WEIGHT_SUFFIXES and path.name != "config.json" and ".index." not in path.name:
-                shutil.copyfile(path, folder / path.name)
+        copy_companions(candidate.source, folder)
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
         """Open a folder with stock transformers, evaluation mode, its default attention.
@@ -151,7 +152,15 @@ class TorchFolder(Runtime):
             raise ArtifactError(f"{folder} holds neither config.json nor {PROGRAM_FILE}", "name a model folder")
         auto_class = getattr(transformers, task.auto_class) if task else _named_class(folder)
         dtype = "auto" if _written_by_us(folder) else torch.float32
-        module = auto_class.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        try:
+            with quiet_transformers():
+                module, report = auto_class.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ArtifactError(f"{folder} does not open: {error}", "write the artifact again") from error
+        if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise ArtifactError(f"{folder} lacks {len(absent)} weights, {absent[0]} first", "write the artifact again")
         return TorchSession(module.eval(), (task.output,) if task else None)
 
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
@@ -190,7 +199,7 @@ def _layers(candidate: Candidate) -> dict[str, Layer]:
                     f"name {owner} under `ignore`, or choose another runtime",
                 )
             activation = candidate.activations.get(owner)
-            layout = lowering.layout_of(activation, len(names) > 1)
+            layout = lowering.layout_of(activation, isinstance(module, nn.Embedding) or len(names) > 1)
             layers[owner] = (quantized.spec, activation, layout, parameter_name)
     for name in candidate.activations:
         if name not in layers:

@@ -10,10 +10,10 @@ A layer `p` with codes q (int-b, [O, I]), scale s [O, G] and zero point z [O, G]
                      p.weight_scale   float [O, G]
                      p.weight_zero_point  int8 [O, G], only when asymmetric
 
-pack-quantized is used for weight-only layers, int-quantized where inputs are rounded too (what integer kernels of
-servers expect) and for a table that two modules share: transformers ties parameters called `weight`, so only an int8
-`weight` can be stored once. A shared table therefore takes 8 bits per code, whatever its codes need, and each of its
-two modules keeps a copy of the scales.
+pack-quantized is used for weight-only linear layers, int-quantized where inputs are rounded too (what integer kernels
+of servers expect) and for embeddings: transformers 5.23 looks for a parameter called `weight` when it opens one, and
+ties parameters of that name. A table therefore takes 8 bits per code, whatever its codes need. Where the output layer
+shares it, it is stored once, but each of the two modules keeps its copy of the scales.
 
 An asymmetric packed layer calls its groups blocks of 1 x g (strategy "block"), which is the same grid. Under
 strategy "group" or "channel" compressed-tensors 0.20 packs the zero points too, and then cannot load them: while
@@ -41,9 +41,9 @@ Layout = Literal["pack-quantized", "int-quantized"]
 Setting = tuple[QuantSpec, ActivationSpec | None, Layout, int]  # the last: columns I of the weight
 
 
-def layout_of(activation: ActivationSpec | None, tied: bool) -> Layout:
-    """Return which of the two layouts a layer's weight takes."""
-    return "int-quantized" if activation is not None or tied else "pack-quantized"
+def layout_of(activation: ActivationSpec | None, is_table: bool) -> Layout:
+    """Return which of the two layouts a layer's weight takes; a table is an embedding or shared with one."""
+    return "int-quantized" if activation is not None or is_table else "pack-quantized"
 
 
 def layer_tensors(quantized: Quantized, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
