@@ -12,7 +12,7 @@ from gossamer.cli.console import Screen
 
 
 def apply(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)],
     model: options.Model,
     out: options.Out,
     task: options.GuessedTask = None,

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from gossamer.cli import options
-from gossamer.cli.console import Screen, verdict
+from gossamer.cli.console import Screen
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="The artifact that is judged.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="What it is compared with.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="The artifact that is judged.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.", show_default=False)],
     data: options.ProofData,
     goal: options.Goal = "quality >= 99%",
     task: options.GuessedTask = None,
@@ -53,7 +53,7 @@ def compare(
             progress=progress,
         )
     if not screen.answer(result):
-        screen.line(verdict(result.verdict) + f"  {a} against {b}")
+        screen.verdict(result.verdict, f"{a} against {b}")
         show_judgements(screen, result.judgements)
         screen.pairs(
             [

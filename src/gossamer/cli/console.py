@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gossamer.cli.terminal import draws_bars, plain
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 200  # of tables that no terminal sets a width for: wide enough that nothing is cut
 COLOURS = {"PASS": "bold green", "FAIL": "bold red", "UNDECIDED": "bold yellow"}
-
-
-def plain(text: str) -> str:
-    """Return text without control characters: names out of a model or data must not steer the terminal."""
-    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) in ("Cc", "Cf") and c != "\n" else c for c in text)
 
 
 def verdict(name: str | None) -> Text:
@@ -79,6 +75,10 @@ class Screen:
         content = text if isinstance(text, Text) else Text(plain(text), style=style)
         self._out.print(content, soft_wrap=True)
 
+    def verdict(self, name: str, text: str) -> None:
+        """Print a verdict and what it is about."""
+        self.line(verdict(name) + Text(f"  {plain(text)}"))
+
     def heading(self, text: str) -> None:
         """Print the heading of a part."""
         self.line()
@@ -110,8 +110,3 @@ class Screen:
             self._out.print(table)
         for line in drawn.get().splitlines():
             print(line.rstrip(), file=self._out.file)
-
-
-def draws_bars(stream: TextIO) -> bool:
-    """Say whether a stream is a terminal that can redraw lines and wants to."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from gossamer.cli import options
 from gossamer.cli.console import Screen
-from gossamer.report.words import NONE
 
 
 def doctor(json: options.Json = False, quiet: options.Quiet = False, verbose: options.Verbose = False) -> None:
     """Say what this machine can do: cores, instruction sets, memory, runtimes and extras."""
     screen = Screen(as_json=json, quiet=quiet)
     from gossamer.measure.machine import doctor as examine_machine  # not the api's: it must answer without torch too
+    from gossamer.report.words import NONE
 
     found = examine_machine()
     if screen.answer(found):

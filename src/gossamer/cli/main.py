@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from gossamer.cli import apply, bench, compare, doctor, evaluate, inspect, optimize, plan, report
+from gossamer.cli.terminal import plain
 from gossamer.errors import GossamerError
 
 RESUMABLE = ("optimize", "apply")  # these keep what is done in the folder named by --out
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=given, prog_name="gossamer", standalone_mode=False)
         sys.stdout.flush()
+        if status == INTERRUPTED:  # typer makes this of KeyboardInterrupt
+            print(interrupted(given), file=sys.stderr)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         print(interrupted(given), file=sys.stderr)
@@ -114,9 +117,9 @@ def _usage_hint(given: Sequence[str]) -> str:
 
 
 def _say_error(given: Sequence[str], kind: str, message: str, hint: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(plain(f"error: {message}"), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(plain(f"hint: {hint}"), file=sys.stderr)
     if "--json" in given:
         print(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}))
 

@@ -31,7 +31,7 @@ def status_of(verdict_name: str) -> int:
 
 def show_run(screen: Screen, result: RunResult, report: Path | None) -> None:
     """Print what a run found: verdict, reason, goal beside measured, candidates, and where things are."""
-    screen.line(verdict(result.verdict) + f"  {result.reason}")
+    screen.verdict(result.verdict, result.reason)
     chosen = result.tried[result.chosen] if result.chosen is not None else None
     if chosen is not None and chosen.judgements:
         screen.heading(f"goal, and what {chosen.name} reaches")

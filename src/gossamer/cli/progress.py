@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from gossamer.cli.terminal import plain
 from gossamer.report.words import show_duration
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class PlainProgress:
         self._write(message)
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        print(plain(line), file=self._stream, flush=True)
 
 
 class Bars:
@@ -59,7 +60,7 @@ class Bars:
     @contextmanager
     def stage(self, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
         """Open a piece of work of `total` units; what is yielded takes the units done since the last call."""
-        task = self._progress.add_task(label, total=total)
+        task = self._progress.add_task(plain(label), total=total)
         begun = time.monotonic()
         try:
             yield lambda units: self._progress.advance(task, units)
@@ -70,7 +71,7 @@ class Bars:
 
     def say(self, message: str) -> None:
         """Write one line above the bars."""
-        self._progress.console.print(message, markup=False, highlight=False, emoji=False)
+        self._progress.console.print(plain(message), markup=False, highlight=False, emoji=False)
 
 
 @contextmanager

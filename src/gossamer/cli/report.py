@@ -12,7 +12,7 @@ from gossamer.cli.console import Screen
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gossamer.goal import Constraint, parse_goal
@@ -110,8 +111,8 @@ def cost_plots(result: RunResult) -> list[Scatter]:
     sizes, latencies = [], []
     for index, one in enumerate(result.tried):
         latency, quality = latency_share(one, statistic), quality_share(one)
-        if latency is None or quality is None:
-            continue
+        if latency is None or quality is None or not math.isfinite(quality.value):
+            continue  # nothing to place: not measured, or collapsed into what is not a number; the table says so
         size = Figure.exact(size_share(one, original), "")
         chosen = index == result.chosen
         predicted = one.predicted
@@ -160,7 +161,11 @@ def latency_rows(result: RunResult) -> list[LatencyRow]:
 def latency_plot(result: RunResult) -> CurvePlot | None:
     """Return the distribution functions of the same latencies; None when nothing was timed."""
     rows = [row for row in latency_rows(result) if row.record.samples]
-    return curve_plot([(row.name, row.kind, row.record.samples) for row in rows]) if rows else None
+    return (
+        curve_plot([(row.name, row.kind, row.record.samples, show_seconds(row.record.p50)) for row in rows])
+        if rows
+        else None
+    )
 
 
 def _mark(index: int, one: Tried, cost: Figure, quality: Figure, predicted_cost: float, chosen: bool) -> Mark:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 from pydantic import ValidationError
 
@@ -49,7 +47,7 @@ def render(result: RunResult) -> str:
         "share": words.show_share,
         "count": words.show_count,
         "figure": words.show_figure,
-        "yaml": _yaml,
+        "yaml": words.show_recipe,
         "nested": nested,
         "product": math.prod,
     }
@@ -108,10 +106,6 @@ def _asset(environment: jinja2.Environment, name: str) -> Markup:
 def _policy(script: str, style: str) -> str:
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
     return f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; base-uri 'none'"
-
-
-def _yaml(recipe: list[dict[str, Any]]) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(recipe)), sort_keys=False, default_flow_style=None, width=100).rstrip()
 
 
 def _tried_row(index: int, one: Tried, result: RunResult) -> dict[str, Any]:

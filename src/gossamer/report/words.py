@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
+
+import yaml
 
 from gossamer.errors import GoalError
 from gossamer.goal import Constraint, parse_goal
@@ -71,6 +75,12 @@ def show_figure(figure: Figure | None, *, unit: str | None = None) -> str:
     own = figure.unit if unit is None else unit
     value = show(figure.value, own)
     return value if figure.low == figure.high else f"{value} ({show(figure.low, own)} to {show(figure.high, own)})"
+
+
+def show_recipe(recipe: list[dict[str, Any]]) -> str:
+    """Write the steps of a recipe as the YAML that `gossamer apply` reads."""
+    plain = json.loads(json.dumps(recipe))  # tuples become lists, which YAML has too
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).rstrip()
 
 
 def read_constraint(judged: Judged) -> Constraint | None:

@@ -1,9 +1,12 @@
-"""A run as `optimize` would return it, with plausible numbers: what the report's and command line's tests draw."""
+"""A run as `optimize` would return it, with plausible numbers: these tests and those of the command line draw it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from gossamer.goal import parse_goal
 from gossamer.plan.records import (
@@ -230,3 +233,9 @@ def a_run(*, verdict: str = "PASS", **changes: Any) -> RunResult:
         "seconds": 214.0,
     }  # fmt: skip
     return RunResult(**(fields | changes))
+
+
+@pytest.fixture
+def make_run() -> Callable[..., RunResult]:
+    """Give tests `a_run`."""
+    return a_run
