@@ -69,23 +69,26 @@ def show_judgements(screen: Screen, judgements: Sequence[Judged]) -> None:
 
 def show_tried(screen: Screen, tried: Sequence[Tried], original: Original) -> None:
     """Print each candidate: predicted, an arrow, measured."""
-    columns = ("candidate", "size", "latency", "quality", "verdict", "why")
-    rows = []
-    for one in tried:
+    columns = ("#", "candidate", "size", "latency", "quality", "verdict")
+    rows, reasons = [], []
+    for index, one in enumerate(tried, 1):
         latency, quality = latency_share(one), quality_share(one)
         measured_size = size_share(one, original) if one.measured else None
         rows.append(
             (
+                str(index),
                 one.name,
                 _beside(one.predicted.size_bytes / original.size_bytes, measured_size),
                 _beside(one.predicted.latency_share, latency.value if latency else None),
                 _beside(one.predicted.quality_share, quality.value if quality else None),
-                verdict(one.verdict),
-                one.rejected or next((j.why for j in one.judgements if j.verdict != "PASS"), ""),
+                verdict(one.verdict) if one.verdict else "rejected",
             )
         )
-    screen.table(columns, rows, fold=("candidate", "why"))
+        if why := one.rejected or "; ".join(judged.why for judged in one.judgements if judged.verdict != "PASS"):
+            reasons.append((str(index), why))
+    screen.table(columns, rows, fold=("candidate",))
     screen.line("shares of the original: predicted > measured", style="dim")
+    screen.pairs(reasons)
 
 
 def show_original(screen: Screen, original: Original) -> None:
