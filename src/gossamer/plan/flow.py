@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,11 @@ from gossamer.plan.candidates import Steps, name_of, recipes
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
 from gossamer.plan.predict import Corrections, Tables
-from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare, sample_count
+from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import package_versions, refused_by, steps_recipe
 from gossamer.plan.records import Original, PlanResult, Prediction, Provenance, RunResult, Tried
-from gossamer.plan.search import Found, Search, prove, rank, time_budget
+from gossamer.plan.search import Found, Menu, Search, prove, time_budget
 from gossamer.recipe import Recipe
 from gossamer.run.atomic import publish_folder, write_text
 from gossamer.run.workspace import Run
@@ -43,13 +43,15 @@ def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
     prepared = prepare(inputs)
     with _folder(out) as folder, Run(folder, identity(inputs, prepared, goal=str(goal))) as run:
         with opened_job(inputs, prepared, run) as job:
-            found = _recipes(job, len(prepared.calibration))
-            tables, _ = make_tables(job, goal, found)
-            ranked = rank(goal, tables, found, Corrections())
+            tables, _ = make_tables(job, goal)
+            menu = Menu(job, goal, tables, _recipes(job, len(prepared.calibration)))
+            ranked = menu.ranked(Corrections())
+            while menu.wants_more(ranked) and menu.next_wave():
+                ranked = menu.ranked(Corrections())
             return PlanResult(
                 goal=str(goal),
                 goal_in_words=goal.describe(),
-                original=tables.original,
+                original=menu.tables.original,
                 candidates=tuple(
                     Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
                     for item in ranked
@@ -68,7 +70,7 @@ def optimize_run(
     with Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run:
         with opened_job(inputs, prepared, run) as job:
             found = _recipes(job, len(prepared.calibration))
-            tables, reference = make_tables(job, goal, found)
+            tables, reference = make_tables(job, goal)
             deadline = None if budget is None else began + budget
             result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
             return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
@@ -85,8 +87,11 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
     needed = max((step.rows_needed() for step in steps), default=0)
     if len(prepared.calibration) < needed:
         raise DataError(
-            f"the recipe needs {needed} calibration rows, {len(prepared.calibration)} are there", "give more rows"
+            f"the recipe needs {needed} calibration rows, {len(prepared.calibration)} are there",
+            "give more rows with --data",
         )
+    if inputs.data is None and goal is not None and any(part.quantity == "quality" for part in goal.constraints):
+        raise DataError("the goal bounds quality, but there are no rows to measure it on", "give rows with --data")
     what = {"recipe": steps_recipe(steps), "goal": str(goal) if goal else ""}
     with Run(out, identity(inputs, prepared, **what), fresh=fresh) as run, opened_job(inputs, prepared, run) as job:
         decisions = [decision for step in steps for decision in step.resolve(job.model)]
@@ -101,21 +106,24 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
         verdict = Verdict(tried.verdict or "FAIL")
         reason = tried.rejected or "; ".join(judged.why for judged in tried.judgements)
         reason = reason or "the files hold what the recipe says, and compute what was computed in memory"
+        if inputs.data is None:
+            reason += "; quality was not measured: no rows were given"
         found = Found((tried,), (), 0, verdict, reason)
         return _published(job, inputs, prepared, "apply", goal, original, found, began)
 
 
-def make_tables(job: Job, goal: Goal, found: Sequence[Steps]) -> tuple[Tables, Evaluation]:
-    """Return the tables that predictions are made from, and the original's scores."""
+def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
+    """Return the tables that predictions are made from, with no step profiled yet, and the original's scores."""
     original, reference = describe_original(job)
+    assert reference is not None  # `plan` and `optimize` cannot be asked without rows
+    assert original.metric is not None
     goal.check_metric(job.task.metric.name, job.task.metric.higher_is_better, original.metric.value)
     _, unchanged = unchanged_artifact(job)
-    steps = list(dict.fromkeys(step for steps in found for step in steps))
     tables = Tables(
         model=job.model,
         runtime=job.runtime,
         original=original,
-        profile=profile(job, steps),
+        profile=profile(job, ()),
         likelihood_metric=not job.task.metric.higher_is_better,
         unchanged_memory=unchanged["memory"],
         proof_seconds=_proof_seconds(job),
@@ -178,7 +186,7 @@ def _published(
         artifact=str(artifact) if artifact else None,
         load_snippet=job.runtime.load_snippet(job.task),
         provenance=_provenance(job, inputs, prepared),
-        rows={"calibration": len(prepared.calibration), "evaluation": sample_count(job.evaluation)},
+        rows={"calibration": len(prepared.calibration), "evaluation": len(prepared.evaluation)},
         seconds=round(time.monotonic() - began, 3),
     )
     write_text(out / RESULT, result.model_dump_json(indent=1) + "\n")

@@ -43,6 +43,7 @@ class Job:
     threads: int
     seed: int = 0
     outputs: tuple[str, ...] = field(default=("logits",))
+    scored: bool = True  # False: `evaluation` is made up, fit for checking outputs but not for quality
 
     def request(self, runtime: Runtime | None = None) -> ExportRequest:
         """Return what a runtime needs to write an artifact of this job's model."""

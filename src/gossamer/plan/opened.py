@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from gossamer.data.columns import bind_columns
 from gossamer.data.rows import read_rows
 from gossamer.data.splits import row_key
@@ -26,14 +23,14 @@ from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.measure.types import Interval
 from gossamer.models.source import Source
 from gossamer.plan.original import latency_record, reported
-from gossamer.plan.prepare import Rows
+from gossamer.plan.prepare import Rows, made_up_row
 from gossamer.plan.records import Figure, Judged, LatencyRecord, Record, VerdictName
 from gossamer.plan.search import as_record
 from gossamer.run.progress import Progress
 from gossamer.runtimes.manifest import artifact_files, check_files, read_manifest
 from gossamer.runtimes.process import Served
 from gossamer.tasks import get_task
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Row, Task
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Task
 
 TASK_OF_CLASS = {
     "ForSequenceClassification": "text-classification",
@@ -257,11 +254,7 @@ def made_up_request(artifact: Artifact, tokens: int) -> Arrays:
     for setting in LENGTH_SETTINGS.get(artifact.task.name, ()):
         settings[setting] = tokens
     task = get_task(artifact.task.name, **settings)
-    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
-    row: Row = {
-        "text": "the quick brown fox jumps over the lazy dog. " * (tokens // 4 + 2),
-        "image": Image.fromarray(noise),
-    }
+    row = made_up_row(words=2 * tokens)
     return task.latency_inputs(task.batches([row], artifact.source, batch_size=1))
 
 

@@ -17,6 +17,8 @@ from gossamer.runtimes.manifest import artifact_files
 from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Batch, Evaluation
 
+EVALUATION = "evaluation.safetensors"
+
 
 def original_folder(job: Job) -> tuple[str, Path]:
     """Return (runtime, folder) that serve the original: the user's own folder, or an exported program of a module."""
@@ -33,21 +35,22 @@ def original_folder(job: Job) -> tuple[str, Path]:
     return "torch", job.run.step("original-program", job.step_inputs(), build).folder / "artifact"
 
 
-def score_original(job: Job) -> tuple[Evaluation, dict[str, Any]]:
-    """Return the original's evaluation on the held-out rows, and {seconds, memory}."""
+def score_original(job: Job) -> tuple[Evaluation | None, dict[str, Any]]:
+    """Return the original's evaluation on the held-out rows (None when there are none), and {latency, memory}."""
     runtime, folder = original_folder(job)
 
     def build(step: Path) -> dict[str, Any]:
         with job.serve(folder, runtime) as served:
-            evaluation = job.task.evaluate(served.run, reported(job.evaluation, job.progress, "scoring the original"))
+            if job.scored:
+                batches = reported(job.evaluation, job.progress, "scoring the original")
+                save_evaluation(job.task.evaluate(served.run, batches), step / EVALUATION)
             seconds = timed(job, served, "timing the original")
             memory = served.peak_memory()
-        save_evaluation(evaluation, step / "evaluation.safetensors")
         return {"latency": seconds, "memory": memory}
 
     inputs = job.step_inputs(rows=job.prints["evaluation"], threads=job.threads)
     result = job.run.step("original", inputs, build)
-    return load_evaluation(result.folder / "evaluation.safetensors"), result.value
+    return load_evaluation(result.folder / EVALUATION) if job.scored else None, result.value
 
 
 def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
@@ -72,23 +75,14 @@ def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
     return folder, job.run.step("unchanged-timed", {**inputs, "threads": job.threads}, measure).value
 
 
-def describe_original(job: Job) -> tuple[Original, Evaluation]:
+def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
     """Return the record of the original together with its scores."""
     evaluation, measured = score_original(job)
     folder, unchanged = unchanged_artifact(job)
-    metric = job.task.metric
-    interval = score_interval(evaluation.scores, metric.figure)
     _, served_folder = original_folder(job)
     files = job.source.shipped_files() if job.source.path is not None else artifact_files(served_folder)
     record = Original(
-        metric=Figure(
-            value=interval.value,
-            low=interval.low,
-            high=interval.high,
-            n=interval.n,
-            unit=metric.unit,
-            higher_is_better=metric.higher_is_better,
-        ),
+        metric=metric_figure(job, evaluation) if evaluation is not None else None,
         size_bytes=shipped_bytes(files),
         num_parameters=job.model.num_parameters,
         macs=job.model.macs,
@@ -98,6 +92,20 @@ def describe_original(job: Job) -> tuple[Original, Evaluation]:
         same_runtime_bytes=shipped_bytes(artifact_files(folder)),
     )
     return record, evaluation
+
+
+def metric_figure(job: Job, evaluation: Evaluation) -> Figure:
+    """Return the task's own metric of an evaluation, with its interval."""
+    metric = job.task.metric
+    interval = score_interval(evaluation.scores, metric.figure)
+    return Figure(
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        n=interval.n,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+    )
 
 
 def timed(job: Job, served: Served, label: str) -> dict[str, Any]:

@@ -62,6 +62,10 @@ class Profile:
     effects: dict[Technique, Effect]
     seconds: dict[LayerFormat, float]
 
+    def knows(self, steps: Iterable[Technique]) -> bool:
+        """Say whether every step has been measured."""
+        return all(step in self.effects for step in steps)
+
 
 def input_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     """Return the shape of each layer's first input for the request whose latency is the goal's."""
@@ -102,19 +106,20 @@ def layer_formats(
     return formats
 
 
-def profile(job: Job, steps: Iterable[Technique]) -> Profile:
-    """Return the measured tables for these steps: the effect of each alone, and the time of each layer format."""
-    shapes = input_shapes(job)
-    distinct = list(dict.fromkeys(steps))
+def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) -> Profile:
+    """Return the measured tables for these steps, added to what is known: effects, and times of layer formats."""
+    shapes = known.shapes if known else input_shapes(job)
+    effects: dict[Technique, Effect] = dict(known.effects) if known else {}
+    distinct = [step for step in dict.fromkeys(steps) if step not in effects]
     reference = _reference(job)
     formats: dict[LayerFormat, Path] = dict(_unchanged_layers(job, shapes))
-    effects: dict[Technique, Effect] = {}
     with job.progress.stage("effect of each step on calibration rows", len(distinct)) as advance:
         for step in distinct:
             effects[step], layers = _effect(job, step, reference, shapes)
             formats |= {found: folder for found, folder in layers.items() if found not in formats}
             advance(1)
-    return Profile(shapes=shapes, effects=effects, seconds=_layer_seconds(job, formats))
+    seconds = _layer_seconds(job, formats)
+    return Profile(shapes=shapes, effects=effects, seconds={**(known.seconds if known else {}), **seconds})
 
 
 def _reference(job: Job) -> Evaluation:
@@ -226,7 +231,10 @@ def _layer_seconds(job: Job, formats: Mapping[LayerFormat, Path]) -> dict[LayerF
     def build(_: Path) -> list[float]:
         return _time_in_rounds(job, formats)
 
-    inputs: dict[str, Any] = {"layers": [f"{path.parent.name}/{path.name}" for path in formats.values()], "threads": job.threads}
+    inputs: dict[str, Any] = {
+        "layers": [f"{path.parent.name}/{path.name}" for path in formats.values()],
+        "threads": job.threads,
+    }
     seconds = job.run.step("layer-times", inputs, build).value
     return dict(zip(formats, seconds, strict=True))
 

@@ -20,8 +20,8 @@ from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
 from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
-from gossamer.plan.original import latency_record, original_folder, reported
-from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, Original, TensorRow
+from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
+from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import Runtime, StoredTensor
 from gossamer.runtimes.manifest import artifact_files, copy_companions, write_manifest
@@ -69,7 +69,12 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
     """Return a fresh candidate with every step applied, and all that was decided."""
     candidate = Candidate(source=job.source, module=job.source.module(job.task))
     context = Context(
-        task=job.task, example=job.evaluation[0].inputs, calibration=job.calibration, progress=job.progress, seed=job.seed)
+        task=job.task,
+        example=job.evaluation[0].inputs,
+        calibration=job.calibration,
+        progress=job.progress,
+        seed=job.seed,
+    )
     decisions: list[Decision] = []
     for step in steps:
         decisions += step.resolve(job.model)
@@ -222,7 +227,7 @@ def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> 
         return False
     weight = decision["weight"]
     group = weight["group_size"] or None
-    whole_row = group is None or tensor.group_size == group
+    whole_row = group is None or tensor.group_size == group or (tensor.group_size is None and group == tensor.shape[1])
     return tensor.bits == weight["bits"] and tensor.symmetric == weight["symmetric"] and whole_row
 
 
@@ -270,13 +275,13 @@ def measure(
     folder: Path,
     equivalence: Equivalence,
     tensors: tuple[TensorRow, ...],
-    original: Original,
-    reference: Evaluation,
+    reference: Evaluation | None,
 ) -> Measured:
-    """Return every figure of an artifact that was written and checked."""
-    evaluation = score_artifact(job, folder, reference)
+    """Return every figure of an artifact that was written and checked; quality only where there are rows to judge on."""
+    figures = {}
+    if reference is not None:
+        figures = quality_figures(job, score_artifact(job, folder, reference), reference)
     times = time_artifact(job, folder)
-    figures = quality_figures(job, evaluation, reference)
     latency = LatencyRecord.model_validate(times["latency"])
     for statistic, (value, low, high, n) in times["ratios"].items():
         figures[f"latency {statistic}"] = _seconds(getattr(latency, statistic), value, low, high, n)
@@ -297,18 +302,9 @@ def measure(
 
 def quality_figures(job: Job, evaluation: Evaluation, reference: Evaluation) -> dict[str, Figure]:
     """Return the metric, the share of quality kept (paired), divergence and agreement, with their intervals."""
-    metric = job.task.metric
-    own = score_interval(evaluation.scores, metric.figure)
-    share = paired_quality(evaluation.scores, reference.scores, metric, seed=job.seed)
+    share = paired_quality(evaluation.scores, reference.scores, job.task.metric, seed=job.seed)
     found = {
-        "metric": Figure(
-            value=own.value,
-            low=own.low,
-            high=own.high,
-            n=own.n,
-            unit=metric.unit,
-            higher_is_better=metric.higher_is_better,
-        ),
+        "metric": metric_figure(job, evaluation),
         "quality": Figure(value=share.value, low=share.low, high=share.high, n=share.n, higher_is_better=True),
     }
     for name, scores, unit, more in (

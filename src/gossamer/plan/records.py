@@ -15,7 +15,8 @@ VerdictName = Literal["PASS", "FAIL", "UNDECIDED"]
 class Record(BaseModel):
     """Freeze every record; unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no infinity: as strings, figures of a collapsed model and of one never built read back as they were
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Figure(Record):
@@ -131,7 +132,7 @@ class Tried(Record):
 class Original(Record):
     """Hold what was measured of the original, as its owner runs it today (PyTorch, float32, this machine)."""
 
-    metric: Figure
+    metric: Figure | None  # None: no rows were given, so quality was not measured
     size_bytes: int
     num_parameters: int
     macs: int

@@ -1,29 +1,35 @@
 """Try the most promising recipe, measure its artifact, learn from the difference, until the goal is met or cannot be.
 
 A prediction is compared with each bound in units of how far predictions of that quantity usually miss; the worst of
-these is a recipe's promise. The search ends at the first PASS (with an objective: the first in the objective's order
-among those that are likely to pass), when nothing left can pass, when the time is spent, or after `max_candidates`.
+these is a recipe's promise. What can be known without measuring (bytes, parameters) rules recipes out first; the rest
+are profiled in waves, gentlest first, so that 2 bits cost no time where 8 will do. The search ends at the first PASS
+(with an objective: the first in the objective's order among those that are likely to pass), when nothing left can
+pass, when the time is spent, or after `max_candidates`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gossamer.errors import RuntimeUnavailable, TechniqueError
+from gossamer.errors import ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Judgement, Verdict, binding, judge, overall, violation
 from gossamer.measure.statistics import needed_samples
 from gossamer.plan.candidates import Steps, name_of
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict
+from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict, predicted_bytes
+from gossamer.plan.profile import profile
 from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
 from gossamer.plan.records import Figure, Judged, Measured, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
+from gossamer.techniques.base import Decision
 
 # how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
 USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
 LIKELY, HOPELESS = 1.0, -2.5
+WAVE = 12  # recipes that are profiled together
+COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,9 @@ def judge_prediction(goal: Goal, prediction: Prediction, original: Original) -> 
         seconds = prediction.latency_seconds * stretch
         figures[f"latency {statistic}"] = Figure.exact(seconds, "s")
         figures[f"latency {statistic} ratio"] = Figure.exact(seconds / getattr(original.latency, statistic), "")
-    metric = original.metric.value
-    share = prediction.quality_share
-    figures["quality"] = Figure.exact(metric * share if original.metric.higher_is_better else metric / share, "")
+    if original.metric is not None:
+        metric, share = original.metric.value, prediction.quality_share
+        figures["quality"] = Figure.exact(metric * share if original.metric.higher_is_better else metric / share, "")
     judged = _without_time(goal)
     return judge(judged, figures, original_values(original)) if judged is not None else []
 
@@ -102,8 +108,8 @@ def judge_prediction(goal: Goal, prediction: Prediction, original: Original) -> 
 def judge_measured(goal: Goal, measured: Measured, original: Original) -> list[Judgement]:
     """Judge a measured artifact; paired ratios are used where they were measured."""
     figures: dict[str, Figure] = dict(measured.figures)
-    figures["quality ratio"] = figures["quality"]  # the record's `quality` is the paired share,
-    figures["quality"] = figures["metric"]  # the goal's absolute `quality` is the metric's own value
+    if "quality" in figures:  # the record's `quality` is the paired share, the goal's own one the metric itself
+        figures["quality ratio"], figures["quality"] = figures["quality"], figures["metric"]
     judged = _without_time(goal)
     return judge(judged, figures, original_values(original)) if judged is not None else []
 
@@ -111,7 +117,7 @@ def judge_measured(goal: Goal, measured: Measured, original: Original) -> list[J
 def original_values(original: Original) -> Mapping[str, float]:
     """Return the original's figures by the names that goals use, in base units."""
     return {
-        "quality": original.metric.value,
+        "quality": original.metric.value if original.metric is not None else 0.0,
         "size": original.size_bytes,
         "latency p50": original.latency.p50,
         "latency p95": original.latency.p95,
@@ -135,6 +141,65 @@ def time_budget(goal: Goal) -> float | None:
     return next((constraint.bound for constraint in goal.constraints if constraint.quantity == "time"), None)
 
 
+class Menu:
+    """Hold the recipes that may be tried: those that fit what can be counted, profiled wave by wave, gentlest first."""
+
+    def __init__(self, job: Job, goal: Goal, tables: Tables, recipes: Sequence[Steps]) -> None:
+        self.job = job
+        self.goal = goal
+        self.tables = tables
+        sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
+        fitting = [steps for steps in sized if self._fits(steps)]
+        self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
+        self.open: list[Steps] = []
+
+    def next_wave(self) -> bool:
+        """Profile the next recipes; return False when none is waiting."""
+        wave, self.waiting = self.waiting[:WAVE], self.waiting[WAVE:]
+        if not wave:
+            return False
+        steps = [step for steps in wave for step in steps]
+        self.tables = replace(self.tables, profile=profile(self.job, steps, self.tables.profile))
+        now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
+        self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
+        self.open += [*wave, *now_known]
+        return True
+
+    def ranked(self, corrections: Corrections) -> list[Ranked]:
+        """Return the profiled recipes that were not taken yet, most promising first."""
+        return rank(self.goal, self.tables, self.open, corrections)
+
+    def wants_more(self, ranked: Sequence[Ranked]) -> bool:
+        """Say whether harsher recipes could do better: none is likely yet, or the objective rewards harshness.
+
+        With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
+        """
+        likely = [item for item in ranked if item.promise >= LIKELY]
+        if not likely:
+            return True
+        last = set(self.open[-WAVE:])
+        rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
+        return rewards and any(item.steps in last for item in likely)
+
+    def _decisions(self, steps: Steps) -> list[Decision]:
+        return [decision for step in steps for decision in step.resolve(self.job.model)]
+
+    def _bytes(self, steps: Steps) -> int:
+        return predicted_bytes(self.tables, self._decisions(steps))
+
+    def _fits(self, steps: Steps) -> bool:
+        """Say whether a recipe meets the bounds on what can be counted."""
+        values = {"size": float(self._bytes(steps))}
+        originals = original_values(self.tables.original)
+        for constraint in self.goal.constraints:
+            if constraint.quantity in COUNTED:
+                value = values.get(constraint.quantity, originals[constraint.quantity])
+                share = value / originals[constraint.quantity] if constraint.relative else value
+                if share > constraint.bound:
+                    return False
+        return True
+
+
 class Search:
     """Try recipes one after another; every finished step is in the run, so a killed search goes on."""
 
@@ -142,6 +207,7 @@ class Search:
         self.job = job
         self.goal = goal
         self.tables = tables
+        self.original = tables.original
         self.reference = reference
         self.corrections = Corrections()
         self.tried: list[Tried] = []
@@ -149,10 +215,14 @@ class Search:
 
     def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
         """Return what was found. `deadline` is a time.monotonic() value after which no further recipe is begun."""
-        left = list(recipes)
+        menu = Menu(self.job, self.goal, self.tables, recipes)
         stop = "no recipe is left"
-        while left:
-            ranked = rank(self.goal, self.tables, left, self.corrections)
+        while True:
+            ranked = menu.ranked(self.corrections)
+            while menu.wants_more(ranked) and menu.next_wave():
+                ranked = menu.ranked(self.corrections)
+            if not ranked:
+                break
             best = ranked[0]
             if self.tried and best.promise < HOPELESS:
                 stop = "no recipe that is left is predicted to meet the goal"
@@ -163,11 +233,11 @@ class Search:
             if self.tried and deadline is not None and time.monotonic() > deadline:
                 stop = "the time is spent"
                 break
-            left.remove(best.steps)
+            menu.open.remove(best.steps)
             self._try(best)
             if self.tried[-1].verdict == Verdict.PASS:
                 break
-        not_tried = [self._as_untried(item) for item in rank(self.goal, self.tables, left, self.corrections)]
+        not_tried = [self._as_untried(item) for item in menu.ranked(self.corrections)]
         return self._conclude(stop, not_tried)
 
     def _try(self, item: Ranked) -> None:
@@ -181,14 +251,12 @@ class Search:
             refusal = refused_by(self.job.runtime, decisions)
             if refusal is not None:
                 raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
-            tried, judgements = prove(
-                self.job, self.goal, item.steps, item.prediction, self.tables.original, self.reference
-            )
+            tried, judgements = prove(self.job, self.goal, item.steps, item.prediction, self.original, self.reference)
             if tried.measured is not None and not tried.rejected:
                 figures = tried.measured.figures
                 ratio, share = figures["latency p50 ratio"].value, figures["quality"].value
                 self.corrections.learn(format_key(decisions), item.prediction, ratio, share)
-        except (RuntimeUnavailable, TechniqueError) as error:
+        except (ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError) as error:
             tried = tried.model_copy(update={"rejected": error.message})
         tried = tried.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
         self.job.progress.say(_line(tried))
@@ -236,12 +304,12 @@ class Search:
 
 
 def prove(
-    job: Job, goal: Goal | None, steps: Steps, prediction: Prediction, original: Original, reference: Evaluation
+    job: Job, goal: Goal | None, steps: Steps, prediction: Prediction, original: Original, reference: Evaluation | None
 ) -> tuple[Tried, list[Judgement]]:
     """Return one recipe built, checked, measured and judged. An artifact that computes something else is rejected."""
     built = build_artifact(job, steps)
     equivalence, tensors = check_artifact(job, built)
-    measured = measure(job, built.folder, equivalence, tensors, original, reference)
+    measured = measure(job, built.folder, equivalence, tensors, reference)
     judgements = judge_measured(goal, measured, original) if goal is not None else []
     tried = Tried(
         name=name_of(steps),

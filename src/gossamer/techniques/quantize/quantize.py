@@ -24,6 +24,7 @@ from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.grid import ScaleSearch, nearest_divisor, quantize_weight
 from gossamer.techniques.quantize.ranges import Observer, chosen_range, collect_ranges
 
+FINE_GROUPS = (32, 64, 128)
 MIN_EMBEDDING_SHARE = 0.05  # of all parameters: below it the planner does not ask whether to round embeddings
 
 
@@ -275,4 +276,6 @@ def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
         return False  # only integer products can overflow
     if settings["bits"] == 8:
         return settings["symmetric"] and settings["group_size"] is None  # finer 8-bit grids cost bytes and gain nothing
-    return settings["group_size"] is not None and not settings["symmetric"]  # below 8 bits the zero point pays
+    if settings["symmetric"] or settings["group_size"] is None:
+        return False  # below 8 bits a zero point and groups pay for themselves
+    return settings["bits"] == 4 or settings["group_size"] == min(FINE_GROUPS)  # 3 and 2 bits need the finest groups
