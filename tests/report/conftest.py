@@ -182,7 +182,7 @@ def a_run(*, verdict: str = "PASS", **changes: Any) -> RunResult:
         "FAIL": "size stands in the way: the nearest candidate needs 62.6 % of the bytes where 27 % was asked",
         "UNDECIDED": "quality cannot be decided on 1115 rows: about 2400 more are needed",
     }
-    unbuilt: dict[str, Any] = {"measured": None, "judgements": (), "verdict": None}
+    unbuilt: dict[str, Any] = {"measured": None, "judgements": (), "verdict": None, "violation": float("inf")}
     unbuilt |= {"name": "3-bit weights, groups of 32", "rejected": "predicted to keep 97.1 % of the quality"}
     left_out = tried[2].model_copy(update=unbuilt)
     fields: dict[str, Any] = {
