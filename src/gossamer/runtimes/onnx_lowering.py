@@ -2,19 +2,24 @@
 
 Every quantized parameter is found by following its initializer to the nodes that use it:
 
-- MatMul and Gemm, weight only: com.microsoft MatMulNBits, computing in float32 (accuracy_level 1), so the output equals
-  the in-memory model's. With dynamic int8 inputs and grids of 4 bits or groups: accuracy_level 4, where the kernel
-  rounds each block of the input to int8 on its own.
-- MatMul and Gemm, int8 per channel with int8 inputs: QuantizeLinear (static) or DynamicQuantizeLinear (dynamic), once for
-  all layers that read one tensor, then com.microsoft MatMulIntegerToFloat with the bias in it: the very operators that
-  ONNX Runtime's own fusions would make of QDQ pairs and MatMulInteger chains, without depending on those fusions.
+- MatMul and Gemm, weight only: com.microsoft MatMulNBits, computing in float32 (accuracy_level 1), so the output
+  equals the in-memory model's. With dynamic int8 inputs and grids of at most 4 bits or several groups:
+  accuracy_level 4, where the kernel rounds each block of the input to int8 on its own.
+- MatMul and Gemm, int8 per channel with int8 inputs: QuantizeLinear (static) or DynamicQuantizeLinear (dynamic), once
+  for all layers that read one tensor, then com.microsoft MatMulIntegerToFloat with the bias in it: the operators that
+  ONNX Runtime's own fusions make of QDQ pairs and of MatMulInteger chains, without depending on those fusions.
+  (Where one layer alone reads a tensor, ONNX Runtime joins the two into DynamicQuantizeMatMul.)
 - Conv with int8 inputs: ConvInteger, then one multiplication and the bias in float32.
 - Gather (embeddings): GatherBlockQuantized on blocks; int8 per row gathers codes and scales and multiplies.
 - anything else (a weight-only Conv, groups that no block divides): codes and scales are stored, and ONNX Runtime
   multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
 
-Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to float32 in front that is folded when the
-file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
+Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to float32 in front that is folded when
+the file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
+
+uint8 inputs times int8 weights: processors with AVX2 but no VNNI add two products in 16 bits and saturate beyond 7-bit
+weights (an error of 15 to 20 % of the output on random full-range codes). Seven bits are exact everywhere; for eight,
+the session option session.x64quantprecision = 1 makes ONNX Runtime exact there, 10 to 30 % slower.
 """
 
 from __future__ import annotations
@@ -235,7 +240,7 @@ class _Lowering:
         assert node.inputs[0] is not None
         if quantized.zero_point is not None or activation.symmetric:
             raise ArtifactError(
-                f"{name} is {quantized.spec} with {activation} inputs; ConvInteger takes symmetric weights, uint8 inputs",
+                f"{name} is {quantized.spec} with {activation} inputs; ConvInteger takes symmetric weights and uint8",
                 "use a symmetric weight grid and an asymmetric input grid for convolutions",
             )
         codes, scale, zero = self._rounded(node.inputs[0], activation)

@@ -3,8 +3,8 @@
 Two layouts, chosen from shape and grid alone:
 
 - `blocks`, what MatMulNBits and GatherBlockQuantized read: unsigned codes of 2, 4 or 8 bits, low bits first, as
-  uint8 [O, I / block, block * bits / 8]. `block` is the largest of 256, 128, 64, 32, 16 that divides the group, so nothing is
-  ever padded. A head and an embedding that are tied read the same bytes.
+  uint8 [O, I / block, block * bits / 8]. `block` is the largest of 256, 128, 64, 32, 16 that divides the group, so
+  nothing is ever padded. A head and an embedding that are tied read the same bytes.
 - `rows`, for everything else: signed codes [O, I] as INT8 (one byte) or INT4 (two a byte).
 
 Codes of 3 bits lie in 4-bit containers, 5 to 7 in 8-bit ones; adding 2^(b-1) to code and zero point turns signed into
@@ -26,11 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ArtifactError
-from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.runtimes.base import StoredTensor
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from gossamer.models.quantized import Quantized, QuantSpec
 
 BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes
 LEDGER = "gossamer.tensors"  # key of the model's metadata: what each stored parameter is

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gossamer.errors import ArtifactError
-from gossamer.models.candidate import Candidate
-from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
-from gossamer.runtimes.onnx_graph import base_graph
-from gossamer.runtimes.onnx_lowering import lower
 from gossamer.runtimes.onnx_storage import block_layout, parameter_bytes, read_stored, row_layout
-from gossamer.tasks.base import Arrays, Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from gossamer.models.candidate import Candidate
+    from gossamer.models.quantized import ActivationSpec, QuantSpec
+    from gossamer.tasks.base import Arrays, Task
 
 FILE = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -99,6 +98,9 @@ class OnnxRuntime(Runtime):
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
         """Write `model.onnx`. Raises ArtifactError for what the graph cannot hold, or when the disk is full."""
+        from gossamer.runtimes.onnx_graph import base_graph  # torch: a process that only serves does not need it
+        from gossamer.runtimes.onnx_lowering import lower
+
         model = base_graph(candidate.module, candidate.source, request)
         lower(model, candidate)
         if _needs_exact(candidate):
@@ -108,21 +110,9 @@ class OnnxRuntime(Runtime):
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> OnnxSession:
         """Open an artifact with `threads` threads of the CPU provider. Raises ArtifactError when it does not open."""
-        import onnxruntime
-
-        path = folder / FILE
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if _metadata(path).get(EXACT):
-            options.add_session_config_entry(*EXACT_OPTION)
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated classes for one thing: the file does not open
-            raise ArtifactError(
-                f"onnxruntime {onnxruntime.__version__} does not open {path}: {str(error).splitlines()[0][:300]}",
-                "write the artifact again with this version of onnxruntime",
-            ) from error
+        session = _session(folder / FILE, threads, exact=False)
+        if session.get_modelmeta().custom_metadata_map.get(EXACT):
+            session = _session(folder / FILE, threads, exact=True)
         return OnnxSession(session)
 
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
@@ -187,5 +177,18 @@ def _load(path: Path) -> ir.Model:
         raise ArtifactError(f"{path} is not an ONNX file: {str(error)[:200]}", "write the artifact again") from error
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    return dict(_load(path).metadata_props)
+def _session(path: Path, threads: int, *, exact: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry(*EXACT_OPTION)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes for one thing: the file does not open
+        raise ArtifactError(
+            f"onnxruntime {onnxruntime.__version__} does not open {path}: {str(error).splitlines()[0][:300]}",
+            "write the artifact again with this version of onnxruntime",
+        ) from error
