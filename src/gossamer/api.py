@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.errors import RunError
 from gossamer.goal import parse_goal
 from gossamer.measure.machine import Doctor
 from gossamer.measure.machine import doctor as examine_machine
@@ -30,9 +29,11 @@ from gossamer.plan.opened import BenchResult, CompareResult, EvalResult
 from gossamer.plan.prepare import Inputs, Rows
 from gossamer.plan.records import PlanResult, RunResult
 from gossamer.recipe import Recipe, load
-from gossamer.report.html import render
+from gossamer.report.card import render_card
+from gossamer.report.html import write_report
 from gossamer.run.atomic import write_text
 from gossamer.run.progress import Progress, Silent
+from gossamer.runtimes.manifest import CARD
 
 Model = str | Path | nn.Module
 
@@ -145,9 +146,10 @@ def optimize(
         trust_remote_code=trust_remote_code,
         progress=progress or Silent(),
     )
-    return flow.optimize_run(
+    result = flow.optimize_run(
         inputs, parsed, Path(out), fresh=fresh, max_candidates=max_candidates, time_budget_seconds=time_budget
     )
+    return _with_card(result)
 
 
 def apply(
@@ -197,7 +199,7 @@ def apply(
         trust_remote_code=trust_remote_code,
         progress=progress or Silent(),
     )
-    return flow.apply_run(inputs, steps, parsed, Path(out), fresh=fresh)
+    return _with_card(flow.apply_run(inputs, steps, parsed, Path(out), fresh=fresh))
 
 
 def evaluate(
@@ -297,19 +299,17 @@ def compare(
 
 
 def report(run: str | Path) -> Path:
-    """Write RUN/report.html from RUN/report.json and return its path. Raises RunError when the run has no result yet."""
-    folder = Path(run)
-    path = folder / flow.RESULT
-    if not path.is_file():
-        raise RunError(
-            f"{folder} holds no {flow.RESULT}: no run has finished there",
-            "run `gossamer optimize` with --out set to this folder, or name the folder of a finished run",
-        )
-    page = folder / "report.html"
-    write_text(page, render(RunResult.model_validate_json(path.read_text(encoding="utf-8"))))
-    return page
+    """Write RUN/report.html from RUN/report.json; return its path. Raises RunError when no run has finished there."""
+    return write_report(Path(run))
+
+
+def _with_card(result: RunResult) -> RunResult:
+    """Put the model card into the artifact's folder: it tells what was measured, so the manifest does not cover it."""
+    if result.artifact is not None:
+        write_text(Path(result.artifact) / CARD, render_card(result))
+    return result
 
 
 def doctor() -> Doctor:
-    """Say what this machine can do: cores, instruction sets, memory, runtimes and extras, and what would add the rest."""
+    """Say what this machine can do: cores, instruction sets, memory, runtimes, extras, and what would add the rest."""
     return examine_machine()

@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal[
-    "embedding", "q", "k", "v", "o", "qkv", "up", "gate", "down", "norm", "head", "classifier", "convolution", "linear",
+    "embedding",
+    "q",
+    "k",
+    "v",
+    "o",
+    "qkv",
+    "up",
+    "gate",
+    "down",
+    "norm",
+    "head",
+    "classifier",
+    "convolution",
+    "linear",
     "other",
 ]
 

@@ -41,23 +41,26 @@ def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
     With `out` the tables stay in that run folder, and `optimize` with the same arguments goes on from them.
     """
     prepared = prepare(inputs)
-    with _folder(out) as folder, Run(folder, identity(inputs, prepared, goal=str(goal))) as run:
-        with opened_job(inputs, prepared, run) as job:
-            tables, _ = make_tables(job, goal)
-            menu = Menu(job, goal, tables, _recipes(job, len(prepared.calibration)))
+    with (
+        _folder(out) as folder,
+        Run(folder, identity(inputs, prepared, goal=str(goal))) as run,
+        opened_job(inputs, prepared, run) as job,
+    ):
+        tables, _ = make_tables(job, goal)
+        menu = Menu(job, goal, tables, _recipes(job, len(prepared.calibration)))
+        ranked = menu.ranked(Corrections())
+        while menu.wants_more(ranked) and menu.next_wave():
             ranked = menu.ranked(Corrections())
-            while menu.wants_more(ranked) and menu.next_wave():
-                ranked = menu.ranked(Corrections())
-            return PlanResult(
-                goal=str(goal),
-                goal_in_words=goal.describe(),
-                original=menu.tables.original,
-                candidates=tuple(
-                    Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
-                    for item in ranked
-                ),
-                notes=job.model.notes,
-            )
+        return PlanResult(
+            goal=str(goal),
+            goal_in_words=goal.describe(),
+            original=menu.tables.original,
+            candidates=tuple(
+                Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
+                for item in ranked
+            ),
+            notes=job.model.notes,
+        )
 
 
 def optimize_run(
@@ -67,13 +70,15 @@ def optimize_run(
     began = time.monotonic()
     prepared = prepare(inputs)
     budget = min((s for s in (time_budget(goal), time_budget_seconds) if s is not None), default=None)
-    with Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run:
-        with opened_job(inputs, prepared, run) as job:
-            found = _recipes(job, len(prepared.calibration))
-            tables, reference = make_tables(job, goal)
-            deadline = None if budget is None else began + budget
-            result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
-            return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
+    with (
+        Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run,
+        opened_job(inputs, prepared, run) as job,
+    ):
+        found = _recipes(job, len(prepared.calibration))
+        tables, reference = make_tables(job, goal)
+        deadline = None if budget is None else began + budget
+        result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
+        return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
 
 
 def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, fresh: bool) -> RunResult:

@@ -277,7 +277,7 @@ def measure(
     tensors: tuple[TensorRow, ...],
     reference: Evaluation | None,
 ) -> Measured:
-    """Return every figure of an artifact that was written and checked; quality only where there are rows to judge on."""
+    """Return every figure of an artifact that was written and checked; quality only where there are rows."""
     figures = {}
     if reference is not None:
         figures = quality_figures(job, score_artifact(job, folder, reference), reference)

@@ -63,7 +63,9 @@ def headline(result: RunResult) -> list[Tile]:
     tiles = []
     if (quality := quality_share(chosen)) is not None:
         metric = figures.get("metric")
-        scores = f"{original.metric.value:.4g} → {metric.value:.4g} {result.metric_name}" if metric else ""
+        scores = ""
+        if metric is not None and original.metric is not None:
+            scores = f"{original.metric.value:.4g} → {metric.value:.4g} {result.metric_name}"
         tiles.append(Tile("quality kept", show_share(quality.value), scores, _range(quality)))
     if (size := figures.get("size")) is not None:
         change = f"{show(original.size_bytes, 'B')} → {show(size.value, 'B')}"
@@ -192,6 +194,8 @@ def _quality_bound(constraint: Constraint | None, result: RunResult) -> float | 
     if constraint is None or constraint.relative:
         return None if constraint is None else constraint.bound
     metric = result.original.metric
+    if metric is None:
+        return None
     return constraint.bound / metric.value if metric.higher_is_better else metric.value / constraint.bound
 
 

@@ -82,7 +82,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
-        """Write the artifact's files into `folder` (it exists and is empty). The same candidate gives the same bytes."""
+        """Write the artifact's files into `folder` (it is there, and empty); equal candidates give equal bytes."""
 
     @abstractmethod
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:

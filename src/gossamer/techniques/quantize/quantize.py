@@ -278,4 +278,5 @@ def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
         return settings["symmetric"] and settings["group_size"] is None  # finer 8-bit grids cost bytes and gain nothing
     if settings["symmetric"] or settings["group_size"] is None:
         return False  # below 8 bits a zero point and groups pay for themselves
-    return settings["bits"] == 4 or settings["group_size"] == min(FINE_GROUPS)  # 3 and 2 bits need the finest groups
+    # 3 and 2 bits need the finest groups
+    return bool(settings["bits"] == 4 or settings["group_size"] == min(FINE_GROUPS))
