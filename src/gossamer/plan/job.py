@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +65,19 @@ class Job:
             threads=self.threads,
             task_name=self.task.name,
             task_settings=self.task_settings,
+            cpus=pinned_cores(self.threads),
         )
 
     def step_inputs(self, **more: Any) -> dict[str, Any]:
         """Return what identifies a step of this job: the model, the task, and whatever else the step depends on."""
         return {"model": self.prints["model"], "task": self.task.name, "settings": dict(self.task_settings), **more}
+
+
+def pinned_cores(threads: int) -> list[int] | None:
+    """Return the cores that a child with so many threads is pinned to: the first of this process's own."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    return sorted(os.sched_getaffinity(0))[:threads]
 
 
 def _made(folder: Path) -> Path:

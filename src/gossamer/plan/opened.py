@@ -22,6 +22,7 @@ from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.measure.types import Interval
 from gossamer.models.source import Source
+from gossamer.plan.job import pinned_cores
 from gossamer.plan.original import latency_record, reported
 from gossamer.plan.prepare import Rows, made_up_row
 from gossamer.plan.records import Figure, Judged, LatencyRecord, Record, VerdictName
@@ -95,7 +96,12 @@ class Artifact:
     def serve(self, threads: int) -> Served:
         """Open it in a child process of its own."""
         return Served(
-            self.runtime, self.folder, threads=threads, task_name=self.task.name, task_settings=self.task_settings
+            self.runtime,
+            self.folder,
+            threads=threads,
+            task_name=self.task.name,
+            task_settings=self.task_settings,
+            cpus=pinned_cores(threads),
         )
 
 
