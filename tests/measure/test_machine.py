@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,11 @@ def test_doctor_names_the_command_for_what_is_missing() -> None:
     commands = {extra.package: extra.command for extra in found.extras}
     assert commands["openvino"] == 'pip install "gossamer[openvino]"'
     assert commands["torch"] == "pip install --upgrade gossamer"
+
+
+def test_doctor_offers_only_what_can_be_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = {"core": project["dependencies"], **project["optional-dependencies"]}
+    for package in PACKAGES:
+        names = [requirement.split(">")[0].split("[")[0] for requirement in listed[package.extra]]
+        assert package.name in names, f"{package.name} is not in {package.extra}"

@@ -63,8 +63,7 @@ class Package(NamedTuple):
 PACKAGES = (
     Package("torch", CORE, "opens, changes and trains models; runtime `torch`"),
     Package("transformers", CORE, "model classes and tokenizers"),
-    Package("accelerate", CORE, "training on one machine or many"),
-    Package("peft", CORE, "low-rank adapters"),
+    Package("accelerate", CORE, "loads large models"),
     Package("datasets", CORE, "data from Hugging Face datasets"),
     Package("safetensors", CORE, "weights on disk"),
     Package("compressed-tensors", CORE, "quantized weights that transformers and vLLM load"),
@@ -72,16 +71,7 @@ PACKAGES = (
     Package("onnx", CORE, "ONNX files"),
     Package("onnxscript", CORE, "ONNX export"),
     Package("onnxruntime", CORE, "runtime `onnxruntime`"),
-    Package("openvino", "openvino", "runtime `openvino`: the fastest on Intel and AMD processors"),
-    Package("gguf", "gguf", "files for llama.cpp"),
-    Package("litert-torch", "litert", "files for phones and microcontrollers"),
-    Package("deepspeed", "deepspeed", "training sharded over many devices"),
-    Package("ray", "ray", "many candidates at once, on many machines"),
-    Package("tensorboard", "tensorboard", "training curves"),
-    Package("wandb", "wandb", "training curves, Weights & Biases"),
-    Package("mlflow", "mlflow", "experiment tracking"),
-    Package("lm-eval", "lm-eval", "language-model benchmarks"),
-    Package("torch-pruning", "torch-pruning", "structured pruning of vision models"),
+    Package("openvino", "openvino", "runtime `openvino`"),
 )
 
 

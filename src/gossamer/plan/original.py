@@ -13,7 +13,7 @@ from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.records import Figure, LatencyRecord, Original
 from gossamer.run.progress import Progress
 from gossamer.runtimes import get_runtime
-from gossamer.runtimes.manifest import artifact_files
+from gossamer.runtimes.manifest import artifact_files, copy_companions
 from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Batch, Evaluation
 
@@ -61,6 +61,7 @@ def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
         target.mkdir()
         with job.progress.stage(f"exporting the original to {job.runtime.name}", None):
             job.runtime.write_original(job.source, target, job.request())
+        copy_companions(job.source, target)  # a candidate ships them too: sizes are predicted from this folder's
         return {}
 
     def measure(step: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Both are tables of measured figures; `predict.py` adds them up.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gossamer.models.candidate import Candidate
@@ -203,7 +205,11 @@ def _read_layers(result: StepResult) -> dict[LayerFormat, Path]:
 def _alone(candidate: Candidate, name: str) -> Candidate:
     """Return one layer of a candidate as a candidate of its own."""
     network = _OneLayer(candidate.module.get_submodule(name))
-    source = Source.open(network, forward=lambda module, inputs: module(inputs[INPUT]), name=name)
+    blank = copy.deepcopy(network)  # layers that differ in their values alone share one exported graph
+    with torch.no_grad():
+        for values in blank.parameters():
+            values.zero_()
+    source = Source.open(blank, forward=lambda module, inputs: module(inputs[INPUT]), name=name)
     alone = Candidate(source=source, module=network, dtype=candidate.dtype)
     codes = candidate.quantized.get(f"{name}.weight")
     if codes is not None:

@@ -170,13 +170,13 @@ class Menu:
         return rank(self.goal, self.tables, self.open, corrections)
 
     def wants_more(self, ranked: Sequence[Ranked]) -> bool:
-        """Say whether harsher recipes could do better: none is likely yet, or the objective rewards harshness.
+        """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
 
         With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
         """
-        likely = [item for item in ranked if item.promise >= LIKELY]
-        if not likely:
+        if all(item.promise < HOPELESS for item in ranked):
             return True
+        likely = [item for item in ranked if item.promise >= LIKELY]
         last = set(self.open[-WAVE:])
         rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
         return rewards and any(item.steps in last for item in likely)

@@ -9,7 +9,8 @@ Every quantized parameter is found by following its initializer to the nodes tha
   for all layers that read one tensor, then com.microsoft MatMulIntegerToFloat with the bias in it: the operators that
   ONNX Runtime's own fusions make of QDQ pairs and of MatMulInteger chains, without depending on those fusions.
   (Where one layer alone reads a tensor, ONNX Runtime joins the two into DynamicQuantizeMatMul.)
-- Conv with int8 inputs: ConvInteger, then one multiplication and the bias in float32.
+- Conv with int8 inputs: QLinearConv where all that reads its output rounds it to one static grid (the convolution then
+  writes those codes itself), else ConvInteger, one multiplication and one addition in float32 (`onnx_convolution.py`).
 - Gather (embeddings): GatherBlockQuantized on blocks; int8 per row gathers codes and scales and multiplies.
 - anything else (a weight-only Conv, groups that no block divides): codes and scales are stored, and ONNX Runtime
   multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
@@ -17,9 +18,11 @@ Every quantized parameter is found by following its initializer to the nodes tha
 Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to float32 in front that is folded when
 the file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
 
-uint8 inputs times int8 weights: processors with AVX2 but no VNNI add two products in 16 bits and saturate beyond 7-bit
-weights (an error of 15 to 20 % of the output on random full-range codes). Seven bits are exact everywhere; for eight,
-the session option session.x64quantprecision = 1 makes ONNX Runtime exact there, 10 to 30 % slower.
+Signs: processors with AVX2 but no VNNI multiply uint8 inputs by int8 weights in pairs, add two products in 16 bits and
+saturate beyond 7-bit weights (an error of 15 to 20 % of the output on random full-range codes). So weights with codes
+beyond +-64 are shifted to uint8 when the file is opened, codes and zero point by 128: the sums are the same, and exact
+on every processor without a session option (15 to 20 % slower than 7 bits there). Signed input grids are written as
+uint8 around 128 for the same reason: int8 times int8 is exact as well, but measured four times slower.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from torch import nn
 from gossamer.errors import ArtifactError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, Quantized
+from gossamer.runtimes.onnx_convolution import Convolution, lower_convolution
+from gossamer.runtimes.onnx_fuse import fuse_attention, keep_layer_norms_apart
 from gossamer.runtimes.onnx_graph import tensors_of
 from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, added_bias, tidy, uses_of
 from gossamer.runtimes.onnx_storage import LEDGER, Layout, block_layout, row_layout, store
@@ -57,10 +62,16 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
             f"the input of {unmatched[0]} should be rounded, but its weight is not quantized",
             "quantize the weight of every layer whose input is rounded",
         )
+    fuse_attention(model)
+    keep_layer_norms_apart(graph)
     lowering = _Lowering(Rewriter(graph))
     for name in sorted(candidate.quantized):
         specs = [candidate.activations[owner] for owner in owners.get(name, ()) if owner in candidate.activations]
         ledger[name] = lowering.parameter(name, candidate.quantized[name], specs[0] if specs else None)
+    for convolution in lowering.convolutions:  # last: each looks for the roundings that read its output
+        lower_convolution(lowering.rewriter, convolution)
+    for name in lowering.stored:
+        lowering.rewriter.drop(name)
     for name, tensor in tensors_of(candidate.module).items():
         if name in graph.initializers and tensor.is_floating_point():
             if candidate.dtype != torch.float32:
@@ -91,6 +102,8 @@ class _Lowering:
         self.rewriter = rewriter
         self.graph = rewriter.graph
         self.rounded: dict[tuple[Any, ...], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self.convolutions: list[Convolution] = []
+        self.stored: list[str] = []  # parameters whose floats nothing will read
 
     def parameter(self, name: str, quantized: Quantized, activation: ActivationSpec | None) -> dict[str, Any]:
         """Store the codes of one parameter, rewrite every node that used its floats; return the ledger's entry."""
@@ -124,7 +137,7 @@ class _Lowering:
             elif kind == "matmul" and integer and activation is not None:
                 self._matmul_integer(node, name, quantized, activation, bias)
             elif kind == "conv" and integer and activation is not None:
-                self._conv_integer(node, name, quantized, activation)
+                self.convolutions.append(self._convolution(node, name, quantized, activation))
             elif kind == "gather" and layout.kind == "blocks":
                 self._gather_blocks(node, name, quantized, layout)
             elif kind == "gather" and quantized.num_groups == 1 and layout.bits == 8:
@@ -133,7 +146,7 @@ class _Lowering:
                 folded = True
         if folded:
             weight.replace_all_uses_with(self._multiply_out(name, quantized))
-        self.rewriter.drop(name)
+        self.stored.append(name)
         return entry
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
@@ -222,11 +235,17 @@ class _Lowering:
         codes, scale, zero = self._rounded(node.inputs[0], activation)
         held = self.graph.initializers
         columns = self.rewriter.once("Transpose", [held[f"{name}.codes"]], f"{name}.codes.columns", perm=[1, 0])
+        wide = _is_wide(quantized)
+        if wide:
+            columns = self.rewriter.unsigned(columns)
         per_row = self.rewriter.once("Reshape", [held[f"{name}.scale"], self.rewriter.ints([-1])], f"{name}.scale.row")
         weight_zero = None
         if quantized.zero_point is not None:
             flat = [held[f"{name}.zero_point"], self.rewriter.ints([-1])]
             weight_zero = self.rewriter.once("Reshape", flat, f"{name}.zero_point.row")
+            weight_zero = self.rewriter.unsigned(weight_zero) if wide else weight_zero
+        elif wide:
+            weight_zero = self.rewriter.scalar(np.uint8(128))
         last = node
         if bias is None and (following := added_bias(node)) is not None:
             last, bias = following
@@ -236,30 +255,19 @@ class _Lowering:
         if last is not node:
             self.graph.remove(node, safe=True)
 
-    def _conv_integer(self, node: ir.Node, name: str, quantized: Quantized, activation: ActivationSpec) -> None:
+    def _convolution(self, node: ir.Node, name: str, quantized: Quantized, activation: ActivationSpec) -> Convolution:
         assert node.inputs[0] is not None
-        if quantized.zero_point is not None or activation.symmetric:
+        if quantized.zero_point is not None:
             raise ArtifactError(
-                f"{name} is {quantized.spec} with {activation} inputs; ConvInteger takes symmetric weights and uint8",
-                "use a symmetric weight grid and an asymmetric input grid for convolutions",
+                f"{name} is {quantized.spec} with {activation} inputs; ONNX Runtime's integer convolution is symmetric",
+                "use a symmetric weight grid for convolutions",
             )
         codes, scale, zero = self._rounded(node.inputs[0], activation)
-        held, rank = self.graph.initializers, len(quantized.shape)
         kernel = self.rewriter.once(
-            "Reshape", [held[f"{name}.codes"], self.rewriter.ints(quantized.shape)], f"{name}.codes.kernel"
-        )
-        sums = self.rewriter.before(node, "ConvInteger", [codes, kernel, zero], **_settings(node))
-        per_channel = [1, -1] + [1] * (rank - 2)
-        column = self.rewriter.once(
-            "Reshape", [held[f"{name}.scale"], self.rewriter.ints(per_channel)], f"{name}.scale.channel"
-        )
-        result = self.rewriter.before(node, "Mul", [self.rewriter.before(node, "Cast", [sums], to=1),
-                                            self.rewriter.before(node, "Mul", [column, scale])])  # fmt: skip
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None:
-            shift = self.rewriter.once("Reshape", [bias, self.rewriter.ints(per_channel)], f"{bias.name}.channel")
-            result = self.rewriter.before(node, "Add", [result, shift])
-        self.rewriter.replace(node, result)
+            "Reshape", [self.graph.initializers[f"{name}.codes"], self.rewriter.ints(quantized.shape)],
+            f"{name}.codes.kernel",
+        )  # fmt: skip
+        return Convolution(node, name, codes, scale, zero, kernel, len(quantized.shape), _is_wide(quantized))
 
     def _multiply_out(self, name: str, quantized: Quantized) -> ir.Value:
         """Return the float weight in the parameter's own shape, computed from stored tensors alone (folded at load)."""
@@ -289,7 +297,7 @@ class _Lowering:
     def _rounded(self, value: ir.Value, spec: ActivationSpec) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Return codes, scale and zero point of an input; layers that read one tensor on one grid share them."""
         grid = spec.static_grid() if spec.kind == "static" else None
-        key = (id(value), spec.symmetric, grid)
+        key = (value, spec.symmetric, grid)
         if key not in self.rounded:
             self.rounded[key] = self._round(value, spec, grid)
         return self.rounded[key]
@@ -299,7 +307,7 @@ class _Lowering:
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         behind, scalar = self.rewriter.behind, self.rewriter.scalar
         if grid is not None:
-            zero = scalar(np.int8(grid[1]) if spec.symmetric else np.uint8(grid[1]))
+            zero = scalar(np.uint8(grid[1] + 128 if spec.symmetric else grid[1]))
             scale = scalar(np.float32(grid[0]))
             return behind(value, "QuantizeLinear", [value, scale, zero]), scale, zero
         if not spec.symmetric:
@@ -311,10 +319,10 @@ class _Lowering:
         largest = behind(size, "ReduceMax", [size], keepdims=0)
         step = behind(largest, "Div", [largest, scalar(np.float32(127.0))])
         scale = behind(step, "Max", [step, scalar(np.finfo(np.float32).tiny)])
-        zero = scalar(np.int8(0))
+        zero = scalar(np.uint8(128))
         return behind(scale, "QuantizeLinear", [value, scale, zero]), scale, zero
 
 
-def _settings(conv: ir.Node) -> dict[str, Any]:
-    """Return a convolution's strides, pads and so on, for the integer convolution that takes its place."""
-    return {name: attribute.value for name, attribute in conv.attributes.items()}
+def _is_wide(quantized: Quantized) -> bool:
+    """Return whether codes go beyond 7 bits: two products with uint8 inputs may then leave 16 bits."""
+    return bool(quantized.codes.abs().max() > 64)

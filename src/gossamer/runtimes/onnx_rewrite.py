@@ -36,6 +36,12 @@ class Rewriter:
             self._made[name] = made.outputs[0]
         return self._made[name]
 
+    def unsigned(self, codes: ir.Value) -> ir.Value:
+        """Return stored int8 codes plus 128 as uint8, shifted when the file is opened."""
+        wider = self.once("Cast", [codes], f"{codes.name}.wider", to=6)
+        shifted = self.once("Add", [wider, self.scalar(np.int32(128))], f"{codes.name}.shifted")
+        return self.once("Cast", [shifted], f"{codes.name}.unsigned", to=2)
+
     def ints(self, numbers: Sequence[int]) -> ir.Value:
         """Return a constant shape."""
         label = "x".join(map(str, numbers)).replace("-", "m")
@@ -100,9 +106,10 @@ class Rewriter:
         del self.graph.initializers[name]
 
     def finish(self) -> None:
-        """Put the collected nodes in front of the graph, in the order in which they were made."""
+        """Put the collected nodes in front of the graph, each behind what it reads."""
         if self._front and len(self.graph):
             self.graph.insert_before(self.graph[0], self._front)
+            self.graph.sort()
         self._front = []
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 WEIGHTS = "model.onnx.data"
 ONE_FILE_LIMIT = 1_500_000_000  # protobuf ends at 2 GiB; beyond this, weights lie in a file of their own
-EXACT = "gossamer.exact"  # metadata: 8-bit weights meet uint8 inputs, so older processors need 16-bit products
-EXACT_OPTION = ("session.x64quantprecision", "1")
 
 
 class OnnxSession(Session):
@@ -81,7 +79,7 @@ class OnnxRuntime(Runtime):
             return "its integer matmul takes one scale for a whole input, not one per token"
         per_channel = spec.group_size in (None, inputs)
         if _is_conv(role, shape):
-            return _conv_refusal(spec, activation, per_channel)
+            return _conv_refusal(spec, per_channel)
         if per_channel and spec.bits > 4:
             return None
         if activation.kind == "static":
@@ -103,17 +101,12 @@ class OnnxRuntime(Runtime):
 
         model = base_graph(candidate.module, candidate.source, request)
         lower(model, candidate)
-        if _needs_exact(candidate):
-            model.metadata_props[EXACT] = "1"
         model.producer_name, model.producer_version = "gossamer", ""
         _save(model, folder)
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> OnnxSession:
         """Open an artifact with `threads` threads of the CPU provider. Raises ArtifactError when it does not open."""
-        session = _session(folder / FILE, threads, exact=False)
-        if session.get_modelmeta().custom_metadata_map.get(EXACT):
-            session = _session(folder / FILE, threads, exact=True)
-        return OnnxSession(session)
+        return OnnxSession(_session(folder / FILE, threads))
 
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
         """Read from the file alone how each parameter is held; ArtifactError when the file contradicts itself."""
@@ -122,12 +115,9 @@ class OnnxRuntime(Runtime):
     def load_snippet(self, task: Task) -> str:
         """Return the lines with which a user opens the file without gossamer."""
         feeds = ", ".join(f'"{name}": {name}' for name in task.input_axes)
-        key, value = EXACT_OPTION
         return (
             "import onnxruntime\n\n"
-            "options = onnxruntime.SessionOptions()\n"
-            f'options.add_session_config_entry("{key}", "{value}")  # exact int8 sums on processors without VNNI\n'
-            f'session = onnxruntime.InferenceSession("{FILE}", options, providers=["CPUExecutionProvider"])\n'
+            f'session = onnxruntime.InferenceSession("{FILE}", providers=["CPUExecutionProvider"])\n'
             f'({task.output},) = session.run(["{task.output}"], {{{feeds}}})\n'
         )
 
@@ -136,19 +126,10 @@ def _is_conv(role: str, shape: tuple[int, ...]) -> bool:
     return role == "convolution" or len(shape) > 2
 
 
-def _conv_refusal(spec: QuantSpec, activation: ActivationSpec, per_channel: bool) -> str | None:
+def _conv_refusal(spec: QuantSpec, per_channel: bool) -> str | None:
     if not per_channel or spec.bits <= 4:
         return "a convolution with rounded inputs needs 5 to 8 bits and one scale per channel"
-    if not spec.symmetric:
-        return "its integer convolution takes symmetric weights only"
-    return "its integer convolution takes uint8 inputs only" if activation.symmetric else None
-
-
-def _needs_exact(candidate: Candidate) -> bool:
-    """Return whether codes beyond 7 bits meet uint8 inputs: only then can two products overflow 16 bits."""
-    unsigned = any(not spec.symmetric for spec in candidate.activations.values())
-    wide = (q.codes.abs().max() > 64 for q in candidate.quantized.values() if q.num_groups == 1 and q.spec.bits == 8)
-    return unsigned and any(bool(found) for found in wide)
+    return None if spec.symmetric else "its integer convolution takes symmetric weights only"
 
 
 def _save(model: ir.Model, folder: Path) -> None:
@@ -177,14 +158,12 @@ def _load(path: Path) -> ir.Model:
         raise ArtifactError(f"{path} is not an ONNX file: {str(error)[:200]}", "write the artifact again") from error
 
 
-def _session(path: Path, threads: int, *, exact: bool) -> Any:
+def _session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if exact:
-        options.add_session_config_entry(*EXACT_OPTION)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes for one thing: the file does not open
