@@ -1,0 +1,53 @@
+"""The float32 ONNX graph that all ONNX and OpenVINO peers start from: the same export that our own runtime writes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from peers import EXPORTED, GRAPH, Material, Peer
+
+
+@dataclass(frozen=True)
+class OnnxFloat32(Peer):
+    """Export with gossamer, then fold constants with ONNX Runtime's own preparation for quantization.
+
+    Folding puts each weight straight beside its MatMul, where ONNX Runtime's quantizers look for it (and makes a second
+    copy of a table that embedding and head share); OpenVINO needs no folding and reads the export as it came.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+
+    @property
+    def label(self) -> str:
+        """Return its row's name."""
+        return "ONNX Runtime fp32"
+
+    @property
+    def runtime(self) -> str:
+        """Return the plain session."""
+        return "peers:OnnxFile"
+
+    def quantize(self, material: Material, out: Path) -> None:
+        """Write model.onnx."""
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        from gossamer.models.source import Source
+        from gossamer.runtimes import get_runtime
+        from gossamer.runtimes.base import ExportRequest
+        from gossamer.tasks import get_task
+
+        task = get_task(material.task, **material.task_settings)
+        example = material.calibration()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Path(folder) / "cache"
+            cache.mkdir()
+            axes = {name: task.input_axes.get(name, {0: "batch"}) for name in example}
+            request = ExportRequest(task=task, example=example, axes=axes, outputs=(task.output,), cache=cache)
+            exported = out / EXPORTED
+            exported.mkdir()
+            get_runtime("onnxruntime").write_original(Source.open(material.model), exported, request)
+            # symbolic shape inference fails on graphs of torch's new exporter, and the quantizers do not need it
+            quant_pre_process(exported / GRAPH, out / GRAPH, skip_symbolic_shape=True)
