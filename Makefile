@@ -109,7 +109,7 @@ $(ENCODER): | $(READY)
 
 demo: $(READY) $(ENCODER)  ## fine-tune a real classifier and make it smaller and faster, with proof
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/era/finetune.py $(ENCODER) .demo/minilm-era
-	$(BIN)/gossamer optimize .demo/minilm-era --task text-classification --set max_length=64 --set latency_tokens=64 \
+	$(BIN)/gossamer optimize .demo/minilm-era --task text-classification --set max_length=64 \
 		--data examples/era/train.jsonl --eval examples/era/test.jsonl \
 		--goal "$(GOAL)" --runtime onnxruntime --out .demo/build
 	@echo "demo: the report is .demo/build/report.html, the model is in .demo/build/artifact"
