@@ -33,6 +33,7 @@ from gossamer.techniques.registry import resolve
 
 RESULT = "report.json"
 ARTIFACT = "artifact"
+NUM_NOT_TRIED = 6  # the next most promising; `gossamer plan` lists all
 
 
 def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
@@ -186,7 +187,7 @@ def _published(
         metric_name=job.task.metric.name,
         original=original,
         tried=found.tried,
-        not_tried=found.not_tried[:50],
+        not_tried=found.not_tried[:NUM_NOT_TRIED],
         chosen=found.chosen,
         artifact=str(artifact) if artifact else None,
         load_snippet=job.runtime.load_snippet(job.task),
