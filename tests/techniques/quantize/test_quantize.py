@@ -326,7 +326,7 @@ def test_batch_norms_are_folded_before_convolutions_are_rounded() -> None:
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 @pytest.mark.parametrize(("network", "task"), [(bert, CLASSIFY), (llama, SPEAK)], ids=["bert", "llama"])
 def test_what_is_proposed_is_held_by_the_runtime_and_divides(network: Any, task: Task, runtime: str) -> None:
-    candidate, model, _ = opened(network(), task)
+    _, model, _ = opened(network(), task)
     space = SearchSpace(model=model, runtime=get_runtime(runtime), task=task, calibration_rows=32)
     proposals = list(Quantize.candidates(space))
     assert len(proposals) == len(set(proposals)) > 10
