@@ -68,7 +68,9 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
     for name in sorted(candidate.quantized):
         specs = [candidate.activations[owner] for owner in owners.get(name, ()) if owner in candidate.activations]
         ledger[name] = lowering.parameter(name, candidate.quantized[name], specs[0] if specs else None)
-    for convolution in lowering.convolutions:  # last: each looks for the roundings that read its output
+    places = {node: place for place, node in enumerate(graph)}
+    # from the last to the first: a convolution joins with the rounding of its output only when no float Conv reads it
+    for convolution in sorted(lowering.convolutions, key=lambda c: places[c.node], reverse=True):
         lower_convolution(lowering.rewriter, convolution)
     for name in lowering.stored:
         lowering.rewriter.drop(name)
