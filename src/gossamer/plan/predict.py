@@ -103,12 +103,16 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
 
 
 def predicted_latency(tables: Tables, decisions: Sequence[Decision]) -> float:
-    """Return the seconds of one request: the unchanged model's, with the layers' differences added up."""
+    """Return the seconds of one request: the unchanged model's, with the layers' differences added up.
+
+    A format that was not timed (the runtime holds no layer alone) counts as fast as the layer was before.
+    """
     unchanged = tables.original.same_runtime_latency or tables.original.latency
     before = layer_formats(tables.model, [], tables.profile.shapes)
     after = layer_formats(tables.model, decisions, tables.profile.shapes)
     seconds = tables.profile.seconds
-    change = sum(seconds.get(after[name], seconds[before[name]]) - seconds[before[name]] for name in before)
+    timed = [name for name in before if before[name] in seconds and after[name] in seconds]
+    change = sum(seconds[after[name]] - seconds[before[name]] for name in timed)
     return max(0.05 * unchanged.p50, unchanged.p50 + change)
 
 

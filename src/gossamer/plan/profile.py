@@ -182,7 +182,9 @@ def _unchanged_layers(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> dict[L
 def _write_layers(
     job: Job, candidate: Candidate, formats: Mapping[str, LayerFormat], folder: Path
 ) -> list[dict[str, Any]]:
-    """Write one small artifact for each distinct format, and return [{format, folder}]."""
+    """Write one small artifact for each distinct format, and return [{format, folder}]; none if none can be held."""
+    if not job.runtime.holds_layers:
+        return []
     named = {layer_format: name for name, layer_format in reversed(list(formats.items()))}
     written = []
     for index, (layer_format, name) in enumerate(sorted(named.items(), key=lambda item: item[1])):
@@ -233,6 +235,8 @@ class _OneLayer(nn.Module):
 
 def _layer_seconds(job: Job, formats: Mapping[LayerFormat, Path]) -> dict[LayerFormat, float]:
     """Return the median seconds of each format, the layers taken in turns so that drift meets all alike."""
+    if not formats:
+        return {}
 
     def build(_: Path) -> list[float]:
         return _time_in_rounds(job, formats)

@@ -65,6 +65,7 @@ class Runtime(ABC):
     name: ClassVar[str]
     extra: ClassVar[str | None] = None  # the pip extra that brings it: gossamer[openvino]
     files: ClassVar[tuple[str, ...]]  # patterns of the files that a user must ship, besides tokenizer and config
+    holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
 
     def missing(self) -> str | None:
         """Return the package that is not installed, or None when the runtime can be used here."""

@@ -71,6 +71,7 @@ class TorchFolder(Runtime):
 
     name: ClassVar[str] = "torch"
     files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "*.pt2")
+    holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
 
     def refusal(
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
