@@ -61,6 +61,7 @@ def contenders() -> list[Peer]:
         TorchDynamic(),
         OnnxFloat32(),
         OnnxDynamic(),
+        OnnxDynamic(optimizer=True),
         OnnxStatic(),
         OnnxStatic(operators=("MatMul", "Gemm", "Gather")),
         Gossamer("onnxruntime", dynamic, f"int{bits} dynamic, embeddings int8"),

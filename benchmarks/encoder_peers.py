@@ -36,8 +36,12 @@ class TorchDynamic(Peer):
 
 @dataclass(frozen=True)
 class OnnxDynamic(Peer):
-    """`onnxruntime.quantization.quantize_dynamic`, per channel, `reduce_range` where there is no VNNI."""
+    """`onnxruntime.quantization.quantize_dynamic`, per channel, `reduce_range` where there is no VNNI.
 
+    `optimizer`: onnxruntime.transformers fuses attention, layer norms and GELU first.
+    """
+
+    optimizer: bool = False
     reduce_range: bool = not has_int8_dot()
 
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime")
@@ -46,7 +50,8 @@ class OnnxDynamic(Peer):
     @property
     def label(self) -> str:
         """Return its row's name."""
-        return "ONNX Runtime quantize_dynamic" + (" (reduce_range)" if self.reduce_range else "")
+        fused = " after its transformer optimizer" if self.optimizer else ""
+        return f"ONNX Runtime quantize_dynamic{fused}" + (" (reduce_range)" if self.reduce_range else "")
 
     @property
     def runtime(self) -> str:
@@ -57,7 +62,12 @@ class OnnxDynamic(Peer):
         """Write model.onnx."""
         from onnxruntime.quantization import quantize_dynamic
 
-        quantize_dynamic(material.graph_file(), out / GRAPH, per_channel=True, reduce_range=self.reduce_range)
+        graph: Any = material.graph_file()
+        if self.optimizer:
+            from onnxruntime.transformers.optimizer import optimize_model
+
+            graph = optimize_model(str(graph), model_type="bert", opt_level=0).model
+        quantize_dynamic(graph, out / GRAPH, per_channel=True, reduce_range=self.reduce_range)
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class OpenVinoFloat32(Peer):
         """Write the IR in float32."""
         import openvino as ov
 
-        ov.save_model(ov.Core().read_model(material.graph_file(folded=False)), out / IR, compress_to_fp16=False)
+        ov.save_model(ov.convert_model(material.graph_file(folded=False)), out / IR, compress_to_fp16=False)
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ class NncfQuantize(Peer):
 
         rows = material.calibration()
         quantized = nncf.quantize(
-            ov.Core().read_model(material.graph_file(folded=False)),
+            ov.convert_model(material.graph_file(folded=False)),
             nncf.Dataset(rows),
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,

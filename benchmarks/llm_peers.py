@@ -89,5 +89,5 @@ class NncfWeights(Peer):
         if self.data_aware:
             rows = material.calibration()
             settings |= {"dataset": nncf.Dataset(rows), "subset_size": len(rows), "awq": True, "scale_estimation": True}
-        model = nncf.compress_weights(ov.Core().read_model(material.graph_file(folded=False)), **settings)
+        model = nncf.compress_weights(ov.convert_model(material.graph_file(folded=False)), **settings)
         ov.save_model(model, out / IR, compress_to_fp16=False)

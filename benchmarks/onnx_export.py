@@ -1,4 +1,4 @@
-"""The float32 ONNX graph that all ONNX and OpenVINO peers start from: the same export that our own runtime writes."""
+"""The float32 ONNX graph that all ONNX and OpenVINO peers start from: torch's export, as ours starts from it too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peers import EXPORTED, GRAPH, Material, Peer
 
 @dataclass(frozen=True)
 class OnnxFloat32(Peer):
-    """Export with gossamer, then fold constants with ONNX Runtime's own preparation for quantization.
+    """Export as gossamer does, before it changes anything; then ONNX Runtime's own preparation for quantization.
 
     Folding puts each weight straight beside its MatMul, where ONNX Runtime's quantizers look for it (and makes a second
     copy of a table that embedding and head share); OpenVINO needs no folding and reads the export as it came.
@@ -32,11 +32,12 @@ class OnnxFloat32(Peer):
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write model.onnx."""
+        import onnx_ir
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         from gossamer.models.source import Source
-        from gossamer.runtimes import get_runtime
         from gossamer.runtimes.base import ExportRequest
+        from gossamer.runtimes.onnx_graph import base_graph
         from gossamer.tasks import get_task
 
         task = get_task(material.task, **material.task_settings)
@@ -48,6 +49,7 @@ class OnnxFloat32(Peer):
             request = ExportRequest(task=task, example=example, axes=axes, outputs=(task.output,), cache=cache)
             exported = out / EXPORTED
             exported.mkdir()
-            get_runtime("onnxruntime").write_original(Source.open(material.model), exported, request)
+            source = Source.open(material.model)
+            onnx_ir.save(base_graph(source.module(task), source, request), exported / GRAPH)
             # symbolic shape inference fails on graphs of torch's new exporter, and the quantizers do not need it
             quant_pre_process(exported / GRAPH, out / GRAPH, skip_symbolic_shape=True)
