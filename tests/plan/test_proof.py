@@ -1,0 +1,177 @@
+"""What rejects an artifact: a tensor that is held otherwise than asked, outputs that differ from memory's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gossamer.plan.flow import _no_prediction
+from gossamer.plan.job import InMemory, Job
+from gossamer.plan.predict import Tables
+from gossamer.plan.proof import apply_steps, build_artifact, compare_outputs, compare_tensors, refused_by
+from gossamer.plan.search import prove
+from gossamer.run.workspace import StepResult
+from gossamer.runtimes import get_runtime
+from gossamer.runtimes.base import StoredTensor
+from gossamer.runtimes.torch_folder import TorchFolder
+from gossamer.tasks.base import Arrays
+from gossamer.techniques.quantize.cast import Cast
+from gossamer.techniques.quantize.quantize import Quantize
+
+STEPS = (Quantize(bits=4, group_size=32, symmetric=False), Quantize(targets=("word_embeddings",)))
+DOCTORED = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def built_and_stored(job: Job) -> tuple[StepResult, list[StoredTensor]]:
+    built = build_artifact(job, STEPS)
+    return built, job.runtime.stored_tensors(built.folder / "artifact")
+
+
+def test_every_parameter_is_read_back_as_asked(job: Job) -> None:
+    built, stored = built_and_stored(job)
+    rows = {row.parameter: row for row in compare_tensors(job, built.value["decisions"], stored)}
+    assert all(row.agrees for row in rows.values())
+    assert len(rows) == len(job.model.layers)
+    query, words, norm = (
+        rows[f"bert.{name}.weight"]
+        for name in (
+            "encoder.layer.0.attention.self.query",
+            "embeddings.word_embeddings",
+            "embeddings.LayerNorm",
+        )
+    )
+    assert (query.asked, query.original_bytes) == ("int4 asymmetric group 32", 64 * 64 * 4)
+    assert query.bytes < 64 * 64
+    assert (words.asked, norm.asked, norm.found) == ("int8 symmetric per channel", "unchanged", "float32")
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 8}, {"symmetric": True}, {"group_size": 64}, {"bits": 32}], ids=lambda change: str(change)
+)
+def test_a_tensor_that_is_held_otherwise_is_named(job: Job, change: dict[str, Any]) -> None:
+    built, stored = built_and_stored(job)
+    doctored = [replace(tensor, **change) if tensor.name == DOCTORED else tensor for tensor in stored]
+    rows = compare_tensors(job, built.value["decisions"], doctored)
+    assert [row.parameter for row in rows if not row.agrees] == [DOCTORED]
+
+
+def test_a_missing_tensor_and_one_rounded_unasked_are_named(job: Job) -> None:
+    built, stored = built_and_stored(job)
+
+    def wrong(tensors: list[StoredTensor]) -> list[str]:
+        return [row.parameter for row in compare_tensors(job, built.value["decisions"], tensors) if not row.agrees]
+
+    assert wrong([tensor for tensor in stored if tensor.name != DOCTORED]) == [DOCTORED]
+    unasked = [replace(t, bits=8) if t.name == "bert.embeddings.position_embeddings.weight" else t for t in stored]
+    assert wrong(unasked) == ["bert.embeddings.position_embeddings.weight"]
+
+
+def check_arrays(job: Job, changed: float) -> Arrays:
+    """Return three held-out batches with the original's outputs, and as the decided ones those plus `changed`."""
+    run = InMemory(job.source, job.source.module(job.task), "logits")
+    draw = np.random.default_rng(0)
+    arrays: Arrays = {}
+    for index, batch in enumerate(job.evaluation[:3]):
+        arrays |= {f"{index}.input.{name}": values for name, values in batch.inputs.items()}
+        original = run(batch.inputs)["logits"]
+        arrays[f"{index}.original"] = original
+        arrays[f"{index}.decided"] = original + changed * draw.standard_normal(original.shape).astype(np.float32)
+    return arrays
+
+
+def answering(arrays: Arrays, error: float) -> Callable[[Arrays], Arrays]:
+    """Return a session that gives the decided outputs plus an error, batch by batch."""
+    indices, draw = iter(range(3)), np.random.default_rng(1)
+
+    def run(inputs: Arrays) -> Arrays:
+        decided = arrays[f"{(index := next(indices))}.decided"]
+        assert all(np.array_equal(values, arrays[f"{index}.input.{name}"]) for name, values in inputs.items())
+        return {"logits": decided + error * draw.standard_normal(decided.shape).astype(np.float32)}
+
+    return run
+
+
+def test_outputs_are_compared_in_units_of_their_spread(job: Job) -> None:
+    arrays = check_arrays(job, changed=0.3)
+    found = compare_outputs(job, arrays, answering(arrays, 0.0), exact=True)
+    assert (found.relative_error, found.top1_agreement, found.num_batches, found.passed) == (0.0, 1.0, 3, True)
+    logits = [arrays[f"{index}.decided"].astype(float) for index in range(3)]
+    spread = np.sqrt(np.mean(np.concatenate([(one - one.mean()).ravel() ** 2 for one in logits])))
+    change = [arrays[f"{index}.decided"] - arrays[f"{index}.original"] for index in range(3)]
+    assert found.change == pytest.approx(np.sqrt(np.mean(np.square(change))) / spread, rel=1e-5)
+
+
+def test_a_wrong_artifact_does_not_pass(job: Job) -> None:
+    arrays = check_arrays(job, changed=0.001)
+    spread = float(np.std(np.concatenate([arrays[f"{index}.decided"] for index in range(3)])))
+    assert compare_outputs(job, arrays, answering(arrays, 0.0002 * spread), exact=True).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 0.01 * spread), exact=True).passed
+    assert compare_outputs(job, arrays, answering(arrays, 0.01 * spread), exact=False).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 0.2 * spread), exact=False).passed
+    nothing = compare_outputs(job, arrays, answering(arrays, float("nan")), exact=False)
+    assert not nothing.passed
+
+
+def test_rounded_inputs_may_differ_by_half_of_what_the_recipe_changed(job: Job) -> None:
+    arrays = check_arrays(job, changed=0.5)
+    found = compare_outputs(job, arrays, answering(arrays, 0.0), exact=False)
+    assert found.allowed == pytest.approx(0.5 * found.change)
+    assert found.allowed > 0.05
+
+
+class Wrong(TorchFolder):
+    """Write a folder whose classifier has changed after the decision, or say that a tensor is held otherwise."""
+
+    def __init__(self, spoil: str) -> None:
+        self.spoil = spoil
+
+    def write(self, candidate: Any, folder: Any, request: Any) -> None:
+        if self.spoil == "outputs":
+            candidate.module.classifier.weight.data *= -1
+        super().write(candidate, folder, request)
+
+    def stored_tensors(self, folder: Any) -> list[StoredTensor]:
+        stored = super().stored_tensors(folder)
+        if self.spoil == "outputs":
+            return stored
+        return [replace(tensor, bits=2) if tensor.name == DOCTORED else tensor for tensor in stored]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        ("outputs", "re-opened in torch, its outputs differ from the in-memory model's by"),
+        ("tensors", "the file does not hold what the recipe says of"),
+    ],
+)
+def test_a_wrong_artifact_is_rejected_whatever_it_scores(job: Job, tables: Tables, spoil: str, why: str) -> None:
+    wrong = replace(job, runtime=Wrong(spoil), scored=False)
+    tried, _ = prove(
+        wrong, None, (Quantize(ignore=("classifier",)),), _no_prediction(tables.original), tables.original, None
+    )
+    assert tried.verdict == "FAIL"
+    assert why in tried.rejected
+    assert tried.measured is not None
+
+
+def test_steps_are_applied_in_order_and_all_decisions_kept(job: Job) -> None:
+    candidate, decisions = apply_steps(job, (*STEPS, Cast()))
+    assert [list(entry) for entry in candidate.applied] == [["quantize"], ["quantize"], ["cast"]]
+    assert sorted(candidate.quantized) == sorted(d.parameter for d in decisions if d.weight)
+    again, _ = apply_steps(job, (*STEPS, Cast()))
+    for name, values in candidate.module.named_parameters():
+        np.testing.assert_array_equal(values.detach().numpy(), again.module.get_parameter(name).detach().numpy())
+
+
+def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
+    per_token = Quantize(activations="dynamic", activation_scope="token").resolve(job.model)
+    reason = refused_by(get_runtime("onnxruntime"), per_token)
+    assert reason is not None
+    assert reason.startswith("bert.encoder.layer.0.attention.self.query: ")
+    assert "not one per token" in reason
+    assert refused_by(get_runtime("onnxruntime"), Quantize(activations="dynamic").resolve(job.model)) is None
