@@ -3,7 +3,8 @@
 Tolerances, relative to the largest output: 1e-4 for float32 arithmetic in another order; 2e-3 where inputs are rounded
 to 8 bits, since a value within float noise of the middle between two codes may fall to either side, which moves it by
 1/255 of the input's range (1e-2 for 7-bit static convolutions, whose bias is a whole number of
-products: of 12 inputs the worst was off by 8e-3, and all agreed to 1e-5 with a simulation that rounds its bias alike); 5 % for accuracy_level 4, whose input grid is one per block instead of the one asked for.
+products: of 12 inputs the worst was off by 8e-3, and all agreed to 1e-5 with a simulation that rounds its bias alike);
+5 % for accuracy_level 4, whose input grid is one per block instead of the one asked for.
 """
 
 from __future__ import annotations
