@@ -18,7 +18,7 @@ from gossamer.plan.job import Job
 from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.profile import Effect, Profile, layer_formats
-from gossamer.plan.records import Figure, LatencyRecord, Original, RunResult
+from gossamer.plan.records import Figure, LatencyRecord, Original, PlanResult, RunResult
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.techniques.quantize.cast import Cast
@@ -87,16 +87,23 @@ class Finished:
     out: Path
     arguments: dict[str, Any]
     said: tuple[str, ...]
+    plan: PlanResult | None = None
+
+    @property
+    def artifact(self) -> Path:
+        return self.out / "artifact"
 
 
 @pytest.fixture(scope="session")
 def optimized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Optimize the tiny model for a goal that it can reach, for PyTorch."""
+    """Plan, then optimize the tiny model for a goal that it can reach, for PyTorch, in one folder."""
     out, noted = tmp_path_factory.mktemp("optimized") / "build", Noted()
     given = arguments(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=out)
     with brief_timing():
+        plan = api.plan(tiny / "model", **given)
+        assert not (out / "artifact").exists()
         result = api.optimize(tiny / "model", **given, progress=noted)
-    return Finished(result, out, given, tuple(noted.lines))
+    return Finished(result, out, given, tuple(noted.lines), plan)
 
 
 @pytest.fixture(scope="session")
