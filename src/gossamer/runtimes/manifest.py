@@ -67,6 +67,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Raise ArtifactError when a file is missing or was changed after the manifest was written."""
     for name, expected in manifest.files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{folder / MANIFEST} names {name}, outside the artifact", "write the artifact again")
         if not path.is_file():
             raise ArtifactError(f"{path} is missing", "copy the whole artifact folder, or write it again")
         if _sha256(path) != expected:
