@@ -49,8 +49,8 @@ def built(out: Path) -> list[str]:
 
 def test_a_plan_predicts_and_builds_no_artifact(optimized: Any) -> None:
     plan, entries = optimized.plan, read_journal(optimized.out / "journal.jsonl")
-    of_the_plan = entries[: next(i for i, entry in enumerate(entries) if entry["event"] == "reused")]
-    kinds = {entry["kind"] for entry in of_the_plan if entry["event"] == "started"}
+    again = next(i for i, e in enumerate(entries) if e["event"] == "reused" and e["kind"] == "original")
+    kinds = {entry["kind"] for entry in entries[:again] if entry["event"] == "started"}
     assert {"original", "unchanged", "effect"} <= kinds
     assert not kinds & {"artifact", "checked", "scored", "timed"}
     assert len(plan.candidates) > 5
@@ -113,7 +113,7 @@ def test_what_the_artifact_computes_was_compared_with_memory(optimized: Any, app
     for run in (optimized, applied):
         for tried in run.result.tried:
             found = tried.measured.equivalence
-            assert found.passed
+            assert found.passed, (tried.name, found)
             assert found.relative_error <= found.allowed
             assert found.num_batches == 8
             assert found.change > 0  # the recipe did something
@@ -141,9 +141,8 @@ def test_the_same_call_again_builds_nothing_and_hands_over_the_same_bytes(optimi
     entries = read_journal(optimized.out / "journal.jsonl")[num_entries:]
     assert {entry["event"] for entry in entries} == {"reused", "tried", "finished-run"}
     assert bytes_of(optimized.artifact) == before
-    assert again.model_copy(update={"seconds": 0.0, "tried": ()}) == optimized.result.model_copy(
-        update={"seconds": 0.0, "tried": ()}
-    )
+    same = {"original", "verdict", "reason", "not_tried", "chosen", "artifact", "rows", "goal", "kind", "load_snippet"}
+    assert again.model_dump(include=same) == optimized.result.model_dump(include=same)
     assert [t.measured for t in again.tried] == [t.measured for t in optimized.result.tried]
 
 

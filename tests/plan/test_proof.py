@@ -23,6 +23,8 @@ from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 
 STEPS = (Quantize(bits=4, group_size=32, symmetric=False), Quantize(targets=("word_embeddings",)))
+WEIGHTS: list[dict[str, Any]] = [{"activation": "", "dtype": None}]
+INPUTS = [*WEIGHTS, {"activation": "uint8 dynamic per tensor", "dtype": None}]
 DOCTORED = "bert.encoder.layer.0.attention.self.query.weight"
 
 
@@ -97,7 +99,7 @@ def answering(arrays: Arrays, error: float) -> Callable[[Arrays], Arrays]:
 
 def test_outputs_are_compared_in_units_of_their_spread(job: Job) -> None:
     arrays = check_arrays(job, changed=0.3)
-    found = compare_outputs(job, arrays, answering(arrays, 0.0), exact=True)
+    found = compare_outputs(job, arrays, answering(arrays, 0.0), WEIGHTS)
     assert (found.relative_error, found.top1_agreement, found.num_batches, found.passed) == (0.0, 1.0, 3, True)
     logits = [arrays[f"{index}.decided"].astype(float) for index in range(3)]
     spread = np.sqrt(np.mean(np.concatenate([(one - one.mean()).ravel() ** 2 for one in logits])))
@@ -108,17 +110,26 @@ def test_outputs_are_compared_in_units_of_their_spread(job: Job) -> None:
 def test_a_wrong_artifact_does_not_pass(job: Job) -> None:
     arrays = check_arrays(job, changed=0.001)
     spread = float(np.std(np.concatenate([arrays[f"{index}.decided"] for index in range(3)])))
-    assert compare_outputs(job, arrays, answering(arrays, 0.0002 * spread), exact=True).passed
-    assert not compare_outputs(job, arrays, answering(arrays, 0.01 * spread), exact=True).passed
-    assert compare_outputs(job, arrays, answering(arrays, 0.01 * spread), exact=False).passed
-    assert not compare_outputs(job, arrays, answering(arrays, 0.2 * spread), exact=False).passed
-    nothing = compare_outputs(job, arrays, answering(arrays, float("nan")), exact=False)
+    assert compare_outputs(job, arrays, answering(arrays, 0.0002 * spread), WEIGHTS).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 0.01 * spread), WEIGHTS).passed
+    assert compare_outputs(job, arrays, answering(arrays, 0.01 * spread), INPUTS).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 0.2 * spread), INPUTS).passed
+    nothing = compare_outputs(job, arrays, answering(arrays, float("nan")), INPUTS)
     assert not nothing.passed
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_a_cast_allows_for_16_bit_arithmetic_and_no_more(job: Job, dtype: str, step: float) -> None:
+    arrays = check_arrays(job, changed=0.001)
+    spread = float(np.std(np.concatenate([arrays[f"{index}.decided"] for index in range(3)])))
+    cast = [{"activation": "", "dtype": dtype}]
+    assert compare_outputs(job, arrays, answering(arrays, 4 * step * spread), cast).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 40 * step * spread), cast).passed
 
 
 def test_rounded_inputs_may_differ_by_half_of_what_the_recipe_changed(job: Job) -> None:
     arrays = check_arrays(job, changed=0.5)
-    found = compare_outputs(job, arrays, answering(arrays, 0.0), exact=False)
+    found = compare_outputs(job, arrays, answering(arrays, 0.0), INPUTS)
     assert found.allowed == pytest.approx(0.5 * found.change)
     assert found.allowed > 0.05
 
