@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only peers whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path(".demo/bench"), help="where artifacts are made")
+    parser.add_argument("--reuse", action="store_true", help="keep artifacts that an earlier run made the same way")
     parser.add_argument("--no-results", action="store_true", help="print the table, leave RESULTS.md as it is")
     parser.add_argument(
         "--python",
@@ -116,7 +117,9 @@ def build_all(
     export: Built | None = None
     if any(peer.uses_graph or isinstance(peer, OnnxFloat32) for peer in chosen):
         say("exporting the float32 graph")
-        export = build_in_child(OnnxFloat32(), material, (contest.out / "onnx-float32").resolve())
+        export = build_in_child(
+            OnnxFloat32(), material, (contest.out / "onnx-float32").resolve(), reuse=arguments.reuse
+        )
         material = replace(material, graph=str(export.folder))
     for index, peer in enumerate(chosen):
         if isinstance(peer, OnnxFloat32):
@@ -130,7 +133,8 @@ def build_all(
             continue
         say(f"building {peer.label}")
         try:
-            built = build_in_child(peer, material, (contest.out / f"{index:02d}").resolve(), python)
+            folder = (contest.out / f"{index:02d}").resolve()
+            built = build_in_child(peer, material, folder, python, reuse=arguments.reuse)
         except BuildError as error:  # one tool's failure is a finding, not the end of the comparison
             skipped.append(str(error).splitlines()[0] + " " + str(error).splitlines()[-1][:200])
             say(str(error))

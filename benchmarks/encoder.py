@@ -20,7 +20,7 @@ from pathlib import Path
 from contest import Contest, Entry, add_arguments, build_all, make_contest, megabytes, say, share
 from encoder_peers import NncfQuantize, OnnxDynamic, OnnxStatic, OpenVinoFloat32, TorchDynamic
 from onnx_export import OnnxFloat32
-from ours import Gossamer
+from ours import GossamerOnGraph
 from peers import Peer, has_int8_dot
 from results import table, write_section
 
@@ -64,10 +64,10 @@ def contenders() -> list[Peer]:
         OnnxDynamic(optimizer=True),
         OnnxStatic(),
         OnnxStatic(operators=("MatMul", "Gemm", "Gather")),
-        Gossamer("onnxruntime", dynamic, f"int{bits} dynamic, embeddings int8"),
+        GossamerOnGraph("onnxruntime", dynamic, f"int{bits} dynamic, embeddings int8"),
         OpenVinoFloat32(),
         NncfQuantize(),
-        Gossamer("openvino", static, f"int{bits} static, embeddings int8"),
+        GossamerOnGraph("openvino", static, f"int{bits} static, embeddings int8"),
     ]
 
 

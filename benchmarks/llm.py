@@ -24,7 +24,7 @@ from contest import Contest, Entry, add_arguments, build_all, make_contest, mega
 from llm_peers import NncfWeights, OnnxNBits
 from numpy.typing import NDArray
 from onnx_export import OnnxFloat32
-from ours import Gossamer
+from ours import Gossamer, GossamerOnGraph
 from peers import Peer
 from results import table, write_section
 
@@ -62,11 +62,11 @@ def contenders() -> list[Peer]:
         NncfWeights("int4_asym", 64, data_aware=True),
         Gossamer("torch", int8, "int8, embeddings int8", rows=False),
         Gossamer("torch", (g64, table8), "int4 g64, embeddings int8", rows=False),
-        Gossamer("onnxruntime", int8, "int8, embeddings int8", rows=False),
-        Gossamer("onnxruntime", (g64,), "int4 g64, embeddings fp32", rows=False),
-        Gossamer("onnxruntime", (g64, table8), "int4 g64, embeddings int8", rows=False),
-        Gossamer("onnxruntime", (g32, table8), "int4 g32, embeddings int8", rows=False),
-        Gossamer("onnxruntime", (g32, table4), "int4 g32, embeddings int4 g32", rows=False),
+        GossamerOnGraph("onnxruntime", int8, "int8, embeddings int8", rows=False),
+        GossamerOnGraph("onnxruntime", (g64,), "int4 g64, embeddings fp32", rows=False),
+        GossamerOnGraph("onnxruntime", (g64, table8), "int4 g64, embeddings int8", rows=False),
+        GossamerOnGraph("onnxruntime", (g32, table8), "int4 g32, embeddings int8", rows=False),
+        GossamerOnGraph("onnxruntime", (g32, table4), "int4 g32, embeddings int4 g32", rows=False),
     ]
 
 
@@ -191,7 +191,7 @@ def main() -> int:
     body = [table(HEADINGS, [first, *rows])]
     body.append(
         f"{len(batches)} windows of {arguments.context} tokens, {tokens:,} tokens scored; KL on the first "
-        f"{divergence.num_windows}. Peak MB is of the process that makes the files; for gossamer it includes the proof."
+        f"{divergence.num_windows}. Peak MB is of the process that makes the files; for gossamer it includes the check."
     )
     body += [f"Left out: {line}." for line in skipped]
     text = "\n\n".join(body)

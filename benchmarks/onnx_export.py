@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,14 +41,11 @@ class OnnxFloat32(Peer):
 
         task = get_task(material.task, **material.task_settings)
         example = material.calibration()[0]
-        with tempfile.TemporaryDirectory() as folder:
-            cache = Path(folder) / "cache"
-            cache.mkdir()
-            axes = {name: task.input_axes.get(name, {0: "batch"}) for name in example}
-            request = ExportRequest(task=task, example=example, axes=axes, outputs=(task.output,), cache=cache)
-            exported = out / EXPORTED
-            exported.mkdir()
-            source = Source.open(material.model)
-            onnx_ir.save(base_graph(source.module(task), source, request), exported / GRAPH)
-            # symbolic shape inference fails on graphs of torch's new exporter, and the quantizers do not need it
-            quant_pre_process(exported / GRAPH, out / GRAPH, skip_symbolic_shape=True)
+        exported, cache = out / EXPORTED, out / EXPORTED / "cache"
+        cache.mkdir(parents=True)
+        axes = {name: task.input_axes.get(name, {0: "batch"}) for name in example}
+        request = ExportRequest(task=task, example=example, axes=axes, outputs=(task.output,), cache=cache)
+        source = Source.open(material.model)
+        onnx_ir.save(base_graph(source.module(task), source, request), exported / GRAPH)
+        # symbolic shape inference fails on graphs of torch's new exporter, and the quantizers do not need it
+        quant_pre_process(exported / GRAPH, out / GRAPH, skip_symbolic_shape=True)
