@@ -35,3 +35,9 @@ def tiny_model(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def wide_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print as into a pipe: pytest-xdist sets COLUMNS for its workers, which would narrow every table."""
+    monkeypatch.delenv("COLUMNS", raising=False)
