@@ -88,12 +88,17 @@ def test_a_goal_that_can_be_met_is_met_and_proven(optimized: Any, tiny: Path) ->
     assert f"trying {chosen.name}" in optimized.said
 
 
-def test_the_prediction_of_bytes_is_exact_but_for_the_text_of_headers(optimized: Any) -> None:
+def test_the_prediction_of_bytes_is_exact_but_for_text(optimized: Any) -> None:
     for tried in optimized.result.tried:
         predicted, found = tried.predicted.size_bytes, tried.measured.figures["size"].value
-        # what tensors take is known exactly; config.json and the file's header get longer by the names of the grids
-        assert abs(predicted - found) < 16_000
-        assert tried.predicted.size_bytes != tried.measured.figures["params"].value
+        # tensors are counted to the byte; config.json and the file's header grow by the names of the grids
+        named = sum("weight_scale" in name or "input_" in name for name in _names(optimized.out / tried.folder))
+        assert 0 < found - predicted < 1_800 + 110 * named
+
+
+def _names(artifact: Path) -> list[str]:
+    with safe_open(artifact / "model.safetensors", "pt") as file:
+        return list(file.keys())
 
 
 def test_the_file_was_read_back_tensor_by_tensor(optimized: Any) -> None:

@@ -1,0 +1,181 @@
+"""Kill `gossamer optimize` at twenty moments of its run: the same command finishes with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+import gossamer
+from gossamer.run.fingerprint import files_below, hash_file
+from gossamer.run.journal import Entry, read_journal
+from gossamer.runtimes.manifest import CARD
+
+COMMAND = Path(__file__).parent / "brief_gossamer.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(gossamer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+GOAL = "quality >= 97%, size <= 45%"  # nothing in it hangs on a latency, so the same recipe is chosen every time
+NUM_KILLS = 20
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the tiny job of tests/plan: model/, train.jsonl, test.jsonl."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "plan" / "tiny_job.py"))
+    folder: Path = script["write_job"](tmp_path_factory.mktemp("job"))
+    return folder
+
+
+def start(tiny: Path, out: Path) -> subprocess.Popen[str]:
+    words = [
+        *("optimize", str(tiny / "model"), "--task", "text-classification", "--goal", GOAL, "--out", str(out)),
+        *("--data", str(tiny / "train.jsonl"), "--eval", str(tiny / "test.jsonl")),
+        *("--runtime", "onnxruntime", "--threads", "1", "--calibration-rows", "24", "--quiet"),
+    ]
+    return subprocess.Popen(
+        [sys.executable, str(COMMAND), *words], env=ENVIRONMENT, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(tiny: Path, out: Path) -> None:
+    process = start(tiny, out)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def journal(out: Path) -> list[Entry]:
+    return read_journal(out / "journal.jsonl")
+
+
+def artifact(out: Path) -> dict[str, str]:
+    """Return the hash of every file but the card, which tells measured latencies."""
+    folder = out / "artifact"
+    return {name: hash_file(folder / name) for name in files_below(folder) if name != CARD}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Name a moment of a run: `after` seconds after the step of that key began, or after the start when it is empty."""
+
+    key: str
+    kind: str
+    after: float
+
+
+def spread_moments(entries: list[Entry], started_at: float, draw: random.Random) -> list[Moment]:
+    """Return moments spread evenly at random over an uninterrupted run, in order."""
+    begun = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in entries if e["event"] == "started"]
+    last = datetime.fromisoformat(entries[-1]["time"]).timestamp()
+    moments = []
+    for seconds in sorted(draw.uniform(started_at, last + 0.2) for _ in range(NUM_KILLS)):
+        before = [(at, entry) for at, entry in begun if at <= seconds]
+        at, entry = before[-1] if before else (started_at, {"key": "", "kind": "start"})
+        moments.append(Moment(entry["key"], entry["kind"], seconds - at))
+    return moments
+
+
+def kill_at(tiny: Path, out: Path, moment: Moment) -> bool:
+    """Start the command, kill it at that moment (or where it then is, when the step is done), and see its children die.
+
+    Returns whether it was killed: False when it had ended before.
+    """
+    seen = len(journal(out)) if out.exists() else 0
+    process = start(tiny, out)
+    reached = not moment.key
+    while not reached and process.poll() is None:
+        reached = any(entry.get("key") == moment.key for entry in journal(out)[seen:]) if out.exists() else False
+        time.sleep(0.01)
+    deadline = time.monotonic() + moment.after
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert wait_until(lambda: not children_of(process.pid)), "a child outlived its killed parent by ten seconds"
+    return process.returncode == -signal.SIGKILL
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the serving processes that were told this parent's number."""
+    wanted = b"\0gossamer.runtimes.child\0" + str(pid).encode() + b"\0"
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                alive = wanted in (folder / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+                continue
+            found += [int(folder.name)] * alive
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Run the command to its end; return its folder and when it was started."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "build"
+    started_at = time.time()
+    finish(tiny, out)
+    return out, started_at
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for orphans in /proc")
+def test_killed_twenty_times_it_ends_with_the_same_bytes_and_builds_nothing_twice(
+    tiny: Path, tmp_path: Path, uninterrupted: tuple[Path, float]
+) -> None:
+    expected, started_at = uninterrupted
+    out = tmp_path / "build"
+    moments = spread_moments(journal(expected), started_at, random.Random(20))
+    killed = [kill_at(tiny, out, moment) for moment in moments]
+    finish(tiny, out)
+    assert sum(killed) >= NUM_KILLS - 2  # the last moments may fall behind the end of a faster run
+    assert len({moment.kind for moment in moments}) >= 5
+    assert artifact(out) == artifact(expected)
+    assert not any((out / "scratch").iterdir())
+    finished: set[str] = set()
+    for entry in journal(out):
+        assert not (entry["event"] == "started" and entry["key"] in finished), f"{entry['kind']} was built twice"
+        if entry["event"] == "finished":
+            finished.add(entry["key"])
+    assert set(Counter(e["key"] for e in journal(out) if e["event"] == "finished").values()) == {1}
+    assert finished == {e["key"] for e in journal(expected) if e["event"] == "finished"}
+    for entry in journal(expected):  # what is measured differs; what is built does not
+        if entry["event"] == "finished" and entry["kind"] in ("artifact", "unchanged"):
+            step = Path(entry["folder"])
+            names = [name for name in files_below(out / step) if name != "result.json"]
+            assert {n: hash_file(out / step / n) for n in names} == {n: hash_file(expected / step / n) for n in names}
+
+
+def test_an_interrupt_ends_cleanly_and_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    process = start(tiny, out)
+    assert wait_until(lambda: bool(children_of(process.pid)), 120)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in said
+    assert f"--out {out}" in said
+    assert "Traceback" not in said
+    assert not children_of(process.pid)
+    assert not any((out / "scratch").iterdir())
+    assert journal(out)[-1]["event"] == "failed"
