@@ -47,6 +47,8 @@ def start(tiny: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(COMMAND), *words], env=ENVIRONMENT, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        # what runs in a shell's background ignores interrupts, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 

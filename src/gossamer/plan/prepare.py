@@ -29,6 +29,7 @@ from gossamer.tasks import get_task
 from gossamer.tasks.base import Row, Task
 
 MIN_EVALUATION_ROWS = 8
+MIN_SAMPLES = 2  # a task may make fewer samples than rows: long documents under a limit on tokens
 Rows = str | Path | list[dict[str, Any]]
 
 
@@ -133,6 +134,12 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
         task, source = prepared.task, prepared.source
         calibration = tuple(task.batches(prepared.calibration, source, batch_size=1)) if prepared.calibration else ()
         evaluation = tuple(task.batches(prepared.evaluation or [made_up_row()], source, batch_size=1))
+        num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
+        if prepared.evaluation and num_samples < MIN_SAMPLES:
+            raise DataError(
+                f"{num_samples} evaluation samples cannot support a verdict: at least {MIN_SAMPLES} are needed",
+                "raise max_tokens, or give more rows with --eval",
+            )
         request = task.latency_inputs(evaluation)
         yield Job(
             source=source,

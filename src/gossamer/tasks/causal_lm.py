@@ -83,7 +83,8 @@ class CausalLM(Task):
         """Return windows, those of the same length together, so that none is padded.
 
         Samples are documents, numbered in order of the rows; a document of fewer than two tokens has nothing to score
-        and is not a sample. With `max_tokens` documents are taken in order until so many tokens are scored.
+        and is not a sample. With `max_tokens` every document gives its first window before any gives its second, until
+        so many tokens are scored: an interval over documents needs many of them, not much of one.
         A text may also be a list of token ids, for models without a tokenizer.
         """
         tokenizer = None if all(is_token_ids(row.get("text")) for row in rows) else source.processor()
@@ -110,24 +111,17 @@ class CausalLM(Task):
         return found
 
     def _windows(self, rows: Sequence[Row], tokenizer: Any) -> list[_Window]:
-        windows: list[_Window] = []
-        sample = 0
-        left = self.max_tokens
+        documents: list[list[_Window]] = []
         for index, row in enumerate(rows):
             cell = row.get("text")
             ids = cell if is_token_ids(cell) else tokenizer(text_of(row, "text", index), verbose=False)["input_ids"]
             tokens = np.array(ids, dtype=np.int64)
-            first = len(windows)
-            for start in range(0, len(tokens) - 1, self.context):
-                stop = start + self.context if left is None else min(start + self.context, start + left + 1)
-                window = _Window(tokens[start:stop], sample)
-                windows.append(window)
-                if left is not None:
-                    left -= len(window.tokens) - 1
-                    if left == 0:
-                        return windows
-            sample += len(windows) > first
-        return windows
+            starts = range(0, len(tokens) - 1, self.context)
+            if starts:
+                documents.append([_Window(tokens[start : start + self.context], len(documents)) for start in starts])
+        if self.max_tokens is None:
+            return [window for document in documents for window in document]
+        return _spread(documents, self.max_tokens)
 
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
         """Return the window of median length, batch 1, made `latency_tokens` tokens long when that is set."""
@@ -249,3 +243,16 @@ def _other_tokens(reference: int, candidate: int) -> MeasureError:
         f"the reference holds {reference} tokens where the candidate has {candidate}",
         "both must be evaluated on the same batches",
     )
+
+
+def _spread(documents: Sequence[list[_Window]], max_tokens: int) -> list[_Window]:
+    """Return windows of `max_tokens` scored tokens in all, taken from the documents in turns; the last one is cut."""
+    taken: list[tuple[int, int, _Window]] = []
+    left = max_tokens
+    for turn in range(max(map(len, documents), default=0)):
+        for document in documents:
+            if turn < len(document) and left > 0:
+                tokens = document[turn].tokens[: left + 1]
+                taken.append((document[turn].sample, turn, _Window(tokens, document[turn].sample)))
+                left -= len(tokens) - 1
+    return [window for *_, window in sorted(taken, key=lambda found: found[:2])]
