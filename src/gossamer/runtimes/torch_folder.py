@@ -263,6 +263,7 @@ def _save(tensors: dict[str, Tensor], folder: Path) -> None:
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     for file_name, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file_name, metadata=METADATA)
+        _sort_metadata(folder / file_name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -274,6 +275,18 @@ def _named_class(folder: Path) -> Any:
     if name is None or not hasattr(transformers, name):
         raise ArtifactError(f"{folder}/config.json names no model class of transformers", "open it with its task")
     return getattr(transformers, name)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: it is written in one that differs from run to run."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same content in another order, but for the padding
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _written_by_us(folder: Path) -> bool:
