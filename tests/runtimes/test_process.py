@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from gossamer.errors import MeasureError
 from gossamer.measure.latency import time_in_turns
-from gossamer.measure.quality import compare_outputs
 from gossamer.runtimes.process import Served, child_environment
 
 RUNTIME = "linear_runtime:LinearRuntime"
@@ -141,7 +140,7 @@ def test_serves_a_real_model_through_the_torch_runtime(tmp_path: Path) -> None:
     ) as child:
         found = child.run(inputs)
         memory = child.memory()
-    compare_outputs({"logits": expected}, found).check(max_relative=1e-4)
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4 * expected.std())
     assert memory.after_open > memory.baseline
     assert memory.peak >= memory.after_open
 
