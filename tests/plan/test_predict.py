@@ -84,7 +84,10 @@ def test_what_was_measured_corrects_the_next_prediction_of_its_kind(tables: Tabl
     corrections.learn("8", before, latency_share=2 * before.latency_share, quality_share=1 - 4 * 0.004)
     after = predict(tables, [INT8], corrections)
     assert after.latency_seconds == pytest.approx(2 * before.latency_seconds)
-    assert predict(tables, [INT4], corrections).latency_seconds == predict(tables, [INT4]).latency_seconds
+    untried = predict(tables, [INT4])  # a kind that was not measured yet starts from the mean of those that were
+    assert predict(tables, [INT4], corrections).latency_seconds == pytest.approx(2 * untried.latency_seconds)
+    measured = Corrections(latency={"4": 0.0, "8": log(2)})
+    assert predict(tables, [INT4], measured).latency_seconds == untried.latency_seconds
     # half of the surprise, in logarithms, carries over to every recipe's quality
     assert 1 - after.quality_share == pytest.approx(0.004 * sqrt(4))
     assert 1 - predict(tables, [INT4], corrections).quality_share == pytest.approx(0.04 * sqrt(4))

@@ -446,3 +446,24 @@ def test_the_snippet_runs_without_gossamer(graphs: Path, tmp_path: Path) -> None
     exec(compile(snippet, "snippet", "exec"), scope)  # noqa: S102 - it is our own text
     opened = OnnxRuntime().open(tmp_path, threads=1).run(inputs)["logits"]
     np.testing.assert_array_equal(scope["logits"], opened)
+
+
+def test_wide_codes_are_written_for_the_processor_and_say_so(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate, request = build("bert", graphs)
+    for name in ("bert.encoder.layer.0.intermediate.dense", "classifier"):
+        weight = candidate.module.get_parameter(f"{name}.weight")
+        candidate.set_quantized(f"{name}.weight", round_to_nearest(weight, QuantSpec(bits=8), False))
+        candidate.activations[name] = DYNAMIC
+    old, new = ("old", ("avx2", "fma")), ("new", ("avx2", "avx512_vnni"))
+    for kind, processor in (("shifted", old), ("signed", new)):
+        monkeypatch.setattr("gossamer.measure.machine.processor", lambda processor=processor: processor)
+        (tmp_path / kind).mkdir()
+        OnnxRuntime().write(candidate, tmp_path / kind, request)
+    OnnxRuntime().open(tmp_path / "signed", threads=1)
+    monkeypatch.setattr("gossamer.measure.machine.processor", lambda: old)
+    OnnxRuntime().open(tmp_path / "shifted", threads=1)
+    with pytest.raises(ArtifactError, match="int8 dot products") as caught:
+        OnnxRuntime().open(tmp_path / "signed", threads=1)
+    assert "bits: 7" in caught.value.hint

@@ -251,9 +251,9 @@ def test_refusals_say_why(tmp_path: Path, cache: Path, monkeypatch: pytest.Monke
     assert "symmetric" in str(runtime.refusal("q", (8, 8), QuantSpec(bits=7, symmetric=False), STATIC))
     assert "does not divide" in str(runtime.refusal("q", (8, 8), QuantSpec(bits=4, group_size=3), None))
     assert runtime.refusal("q", (8, 8), QuantSpec(bits=7), STATIC) is None
-    monkeypatch.setattr("gossamer.runtimes.openvino.processor", lambda: ("old", ("avx2", "fma")))
+    monkeypatch.setattr("gossamer.measure.machine.processor", lambda: ("old", ("avx2", "fma")))
     assert "7-bit" in str(runtime.refusal("q", (8, 8), QuantSpec(bits=8), STATIC))
-    monkeypatch.setattr("gossamer.runtimes.openvino.processor", lambda: ("new", ("avx2", "avx_vnni")))
+    monkeypatch.setattr("gossamer.measure.machine.processor", lambda: ("new", ("avx2", "avx_vnni")))
     assert runtime.refusal("q", (8, 8), QuantSpec(bits=8), STATIC) is None
     candidate, request = make("llama", tmp_path, cache)
     quantize(candidate, QuantSpec(bits=7), ActivationSpec(kind="dynamic"))

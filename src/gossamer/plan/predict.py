@@ -34,9 +34,19 @@ class Corrections:
     latency: dict[str, float] = field(default_factory=dict)
     quality: float = 0.0
 
+    def of(self, formats: str) -> float:
+        """Return the log-factor for a kind of arithmetic: its own, else the mean of the kinds that were measured.
+
+        Layers timed alone have their weights in the cache, which flatters the larger ones of the original: a large part
+        of what a prediction misses is common to all kinds.
+        """
+        if formats in self.latency or not self.latency:
+            return self.latency.get(formats, 0.0)
+        return sum(self.latency.values()) / len(self.latency)
+
     def learn(self, formats: str, predicted: Prediction, latency_share: float, quality_share: float) -> None:
         """Take one measured candidate in: the next prediction of its kind starts from what was seen."""
-        self.latency[formats] = self.latency.get(formats, 0.0) + log(latency_share / predicted.latency_share)
+        self.latency[formats] = self.of(formats) + log(latency_share / predicted.latency_share)
         lost, expected = max(1e-4, 1 - quality_share), max(1e-4, 1 - predicted.quality_share)
         self.quality += 0.5 * log(lost / expected)
 
@@ -59,7 +69,7 @@ def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections
     corrections = corrections or Corrections()
     decisions = [decision for step in steps for decision in step.resolve(tables.model)]
     size = predicted_bytes(tables, decisions)
-    latency = predicted_latency(tables, decisions) * exp(corrections.latency.get(format_key(decisions), 0.0))
+    latency = predicted_latency(tables, decisions) * exp(corrections.of(format_key(decisions)))
     kl = sum(tables.profile.effects[step].kl for step in steps)
     lost = predicted_loss(tables, steps, kl) * exp(corrections.quality)
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
@@ -117,8 +127,12 @@ def predicted_latency(tables: Tables, decisions: Sequence[Decision]) -> float:
 
 
 def format_key(decisions: Sequence[Decision]) -> str:
-    """Return which kind of arithmetic a recipe uses: what a latency correction carries over to."""
-    kinds = {f"{d.weight.bits if d.weight else ''}{d.activation.kind if d.activation else ''}" for d in decisions}
+    """Return which kind of arithmetic a recipe uses: what a latency correction carries over to.
+
+    Embeddings do not count: looking rows up takes next to no time, however they are held.
+    """
+    computed = [d for d in decisions if d.layer.kind != "embedding"]
+    kinds = {f"{d.weight.bits if d.weight else ''}{d.activation.kind if d.activation else ''}" for d in computed}
     return "+".join(sorted(kinds))
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Hold a float Conv, the codes of its input, and its weight codes [O, I, ...]; `wide` says beyond 7 bits."""
+    """Hold a float Conv, the codes of its input, and its weight codes [O, I, ...]; `wide`: must be shifted to uint8."""
 
     node: ir.Node
     name: str

@@ -19,10 +19,12 @@ Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to
 the file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
 
 Signs: processors with AVX2 but no VNNI multiply uint8 inputs by int8 weights in pairs, add two products in 16 bits and
-saturate beyond 7-bit weights (an error of 15 to 20 % of the output on random full-range codes). So weights with codes
-beyond +-64 are shifted to uint8 when the file is opened, codes and zero point by 128: the sums are the same, and exact
-on every processor without a session option (15 to 20 % slower than 7 bits there). Signed input grids are written as
-uint8 around 128 for the same reason: int8 times int8 is exact as well, but measured four times slower.
+saturate beyond 7-bit weights (an error of 15 to 20 % of the output on random full-range codes). There, weights with
+codes beyond +-64 are shifted to uint8 when the file is opened, codes and zero point by 128: the sums are the same, and
+exact on every processor (15 to 20 % slower than 7 bits). With VNNI the sums are exact as they are, and the shift would
+cost more than half of the speed (16.1 against 8.5 ms for MiniLM at 128 tokens): codes stay int8, and the file says
+that it needs int8 dot products (NEEDS), which is checked when it is opened. Signed input grids are written as uint8
+around 128: int8 times int8 is exact as well, but measured four times slower.
 """
 
 from __future__ import annotations
@@ -36,16 +38,19 @@ import torch
 from torch import nn
 
 from gossamer.errors import ArtifactError
+from gossamer.measure.machine import adds_in_pairs
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, Quantized
 from gossamer.runtimes.onnx_convolution import Convolution, lower_convolution
 from gossamer.runtimes.onnx_fuse import fuse_attention, keep_layer_norms_apart
 from gossamer.runtimes.onnx_graph import tensors_of
 from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, added_bias, tidy, uses_of
-from gossamer.runtimes.onnx_storage import LEDGER, Layout, block_layout, row_layout, store
+from gossamer.runtimes.onnx_storage import INT8_DOT_PRODUCTS, LEDGER, NEEDS, Layout, block_layout, row_layout, store
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+LARGEST_IN_PAIRS = 64  # two products of such codes with uint8 inputs fit 16 bits
 
 
 def lower(model: ir.Model, candidate: Candidate) -> None:
@@ -85,6 +90,8 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
     model.opset_imports[""] = max(model.opset_imports[""], 21)
     ledger = {name: entry for name, entry in ledger.items() if "bits" in entry or name in graph.initializers}
     model.metadata_props[LEDGER] = json.dumps(ledger, sort_keys=True)
+    if lowering.needs_dot_products:
+        model.metadata_props[NEEDS] = INT8_DOT_PRODUCTS
 
 
 def _owners(module: nn.Module) -> dict[str, list[str]]:
@@ -106,6 +113,7 @@ class _Lowering:
         self.rounded: dict[tuple[Any, ...], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self.convolutions: list[Convolution] = []
         self.stored: list[str] = []  # parameters whose floats nothing will read
+        self.needs_dot_products = False  # codes beyond 7 bits were left as they are
 
     def parameter(self, name: str, quantized: Quantized, activation: ActivationSpec | None) -> dict[str, Any]:
         """Store the codes of one parameter, rewrite every node that used its floats; return the ledger's entry."""
@@ -237,7 +245,7 @@ class _Lowering:
         codes, scale, zero = self._rounded(node.inputs[0], activation)
         held = self.graph.initializers
         columns = self.rewriter.once("Transpose", [held[f"{name}.codes"]], f"{name}.codes.columns", perm=[1, 0])
-        wide = _is_wide(quantized)
+        wide = self._shifted(quantized)
         if wide:
             columns = self.rewriter.unsigned(columns)
         per_row = self.rewriter.once("Reshape", [held[f"{name}.scale"], self.rewriter.ints([-1])], f"{name}.scale.row")
@@ -269,7 +277,7 @@ class _Lowering:
             "Reshape", [self.graph.initializers[f"{name}.codes"], self.rewriter.ints(quantized.shape)],
             f"{name}.codes.kernel",
         )  # fmt: skip
-        return Convolution(node, name, codes, scale, zero, kernel, len(quantized.shape), _is_wide(quantized))
+        return Convolution(node, name, codes, scale, zero, kernel, len(quantized.shape), self._shifted(quantized))
 
     def _multiply_out(self, name: str, quantized: Quantized) -> ir.Value:
         """Return the float weight in the parameter's own shape, computed from stored tensors alone (folded at load)."""
@@ -295,6 +303,15 @@ class _Lowering:
         return self.rewriter.once("Transpose", [matrix], f"{name}.float", perm=[1, 0])
 
     # -- small parts
+
+    def _shifted(self, quantized: Quantized) -> bool:
+        """Return whether codes must be multiplied as uint8 here; notes what the file needs where they need not."""
+        if not bool(quantized.codes.abs().max() > LARGEST_IN_PAIRS):
+            return False
+        if adds_in_pairs():
+            return True
+        self.needs_dot_products = True
+        return False
 
     def _rounded(self, value: ir.Value, spec: ActivationSpec) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Return codes, scale and zero point of an input; layers that read one tensor on one grid share them."""
@@ -323,8 +340,3 @@ class _Lowering:
         scale = behind(step, "Max", [step, scalar(np.finfo(np.float32).tiny)])
         zero = scalar(np.uint8(128))
         return behind(scale, "QuantizeLinear", [value, scale, zero]), scale, zero
-
-
-def _is_wide(quantized: Quantized) -> bool:
-    """Return whether codes go beyond 7 bits: two products with uint8 inputs may then leave 16 bits."""
-    return bool(quantized.codes.abs().max() > 64)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits takes
 LEDGER = "gossamer.tensors"  # key of the model's metadata: what each stored parameter is
+NEEDS = "gossamer.needs"  # key of the model's metadata: what the processor must have, absent where any will do
+INT8_DOT_PRODUCTS = "int8 dot products"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gossamer.errors import ArtifactError
+from gossamer.measure.machine import adds_in_pairs
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
-from gossamer.runtimes.onnx_storage import block_layout, parameter_bytes, read_stored, row_layout
+from gossamer.runtimes.onnx_storage import (
+    INT8_DOT_PRODUCTS,
+    NEEDS,
+    block_layout,
+    parameter_bytes,
+    read_stored,
+    row_layout,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -105,8 +113,19 @@ class OnnxRuntime(Runtime):
         _save(model, folder)
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> OnnxSession:
-        """Open an artifact with `threads` threads of the CPU provider. Raises ArtifactError when it does not open."""
-        return OnnxSession(_session(folder / FILE, threads))
+        """Open an artifact with `threads` threads of the CPU provider.
+
+        Raises ArtifactError when it does not open, or would compute something else on this processor.
+        """
+        session = _session(folder / FILE, threads)
+        needs = session.get_modelmeta().custom_metadata_map.get(NEEDS)
+        if needs == INT8_DOT_PRODUCTS and adds_in_pairs():
+            raise ArtifactError(
+                f"{folder / FILE} multiplies 8-bit weights by 8-bit inputs, whose sums saturate on this processor: "
+                f"it was written on one with {INT8_DOT_PRODUCTS}, this one has none",
+                "write the artifact again on this machine, or with bits: 7, which is exact on every processor",
+            )
+        return OnnxSession(session)
 
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
         """Read from the file alone how each parameter is held; ArtifactError when the file contradicts itself."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
-from gossamer.measure.machine import INT8_DOT, processor
+from gossamer.measure.machine import adds_in_pairs
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
@@ -83,7 +83,7 @@ class OpenVino(Runtime):
             )
         if not spec.symmetric or spec.group_size:
             return "OpenVINO computes in integers only with symmetric weights of one scale per channel"
-        if spec.bits == 8 and _saturates():
+        if spec.bits == 8 and adds_in_pairs():
             return (
                 "this processor adds two 8-bit products in 16 bits, and 8-bit weights overflow there: "
                 "7-bit weights give the judged results"
@@ -140,12 +140,6 @@ class OpenVino(Runtime):
             f'model = ov.compile_model("path/to/{MODEL_FILE}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})\n'
             f'{task.output} = model(inputs)["{task.output}"]\n'
         )
-
-
-def _saturates() -> bool:
-    """Say whether integer products are added in pairs in 16 bits here: x86 without VNNI."""
-    sets = processor()[1]
-    return "avx2" in sets and not set(sets) & set(INT8_DOT)
 
 
 def _refuse(runtime: OpenVino, candidate: Candidate) -> None:
