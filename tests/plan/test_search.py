@@ -8,7 +8,7 @@ import pytest
 
 from gossamer.goal import Verdict, parse_goal
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, predict
+from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
 from gossamer.plan.search import (
@@ -50,6 +50,16 @@ def test_the_most_promising_comes_first(tables: Tables) -> None:
     assert order("quality >= 99.5%, size <= 200%", tables)[-1] == INT2
     assert order("quality >= 90%, size <= 106%", tables)[0] == HALF
     assert set(order("quality >= 90%, size <= 106%", tables)[:2]) == {HALF, INT4}
+
+
+def test_a_measured_kind_leaves_little_hope_for_its_siblings(tables: Tables) -> None:
+    share = predict(tables, [INT8]).latency_share
+    missed_by_a_tenth = parse_goal(f"latency <= {100 * share / 1.1:.6f}%")
+    key = format_key(INT8.resolve(tables.model))
+    before = rank(missed_by_a_tenth, tables, [(INT8,)], Corrections())[0]
+    after = rank(missed_by_a_tenth, tables, [(INT8,)], Corrections(latency={key: 0.0}))[0]
+    assert before.promise == pytest.approx(-0.1 / 0.12)
+    assert after.promise == pytest.approx(-0.1 / 0.04)
 
 
 def test_an_objective_orders_those_that_are_likely(tables: Tables) -> None:

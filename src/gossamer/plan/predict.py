@@ -129,10 +129,11 @@ def predicted_latency(tables: Tables, decisions: Sequence[Decision]) -> float:
 def format_key(decisions: Sequence[Decision]) -> str:
     """Return which kind of arithmetic a recipe uses: what a latency correction carries over to.
 
-    Embeddings do not count: looking rows up takes next to no time, however they are held.
+    Embeddings do not count, since looking rows up takes next to no time, nor does fp16, which only the file is held in.
     """
-    computed = [d for d in decisions if d.layer.kind != "embedding"]
+    computed = [d for d in decisions if d.layer.kind != "embedding" and (d.weight or d.activation)]
     kinds = {f"{d.weight.bits if d.weight else ''}{d.activation.kind if d.activation else ''}" for d in computed}
+    kinds |= {d.dtype for d in decisions if d.dtype not in (None, "fp16")}
     return "+".join(sorted(kinds))
 
 

@@ -27,6 +27,7 @@ from gossamer.techniques.base import Decision
 
 # how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
 USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
+MEASURED_KIND_MISS = 0.04  # of latency and throughput, once the same arithmetic was measured in this run
 LIKELY, HOPELESS = 1.0, -2.5
 WAVE = 12  # recipes that are profiled together
 COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
@@ -57,7 +58,10 @@ def rank(goal: Goal, tables: Tables, recipes: Sequence[Steps], corrections: Corr
     ranked = []
     for steps in recipes:
         prediction = predict(tables, steps, corrections)
-        ranked.append(Ranked(steps, prediction, promise(goal, prediction, tables.original)))
+        decisions = [decision for step in steps for decision in step.resolve(tables.model)]
+        measured_kind = format_key(decisions) in corrections.latency
+        found = promise(goal, prediction, tables.original, measured_kind=measured_kind)
+        ranked.append(Ranked(steps, prediction, found))
     return sorted(ranked, key=lambda item: _order(goal, item))
 
 
@@ -77,12 +81,17 @@ def _order(goal: Goal, item: Ranked) -> tuple[float, ...]:
     return (0.0 if likely else 1.0, -item.promise, prediction.kl, float(prediction.size_bytes))
 
 
-def promise(goal: Goal, prediction: Prediction, original: Original) -> float:
-    """Return the worst distance of a prediction to a bound, in usual misses; positive when every bound is met."""
+def promise(goal: Goal, prediction: Prediction, original: Original, *, measured_kind: bool = False) -> float:
+    """Return the worst distance of a prediction to a bound, in usual misses; positive when every bound is met.
+
+    `measured_kind` says that a recipe with the same arithmetic was measured, so that the latency is nearly known.
+    """
     worst = 4.0
     for judgement in judge_prediction(goal, prediction, original):
         quantity = judgement.constraint.quantity
         miss = USUAL_MISS.get(quantity, 0.01)
+        if measured_kind and quantity in ("latency", "throughput"):
+            miss = MEASURED_KIND_MISS
         if quantity == "quality":
             miss += 0.5 * (1 - prediction.quality_share)
         worst = min(worst, judgement.margin / miss)
