@@ -75,6 +75,8 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         calibration=job.calibration,
         progress=job.progress,
         seed=job.seed,
+        run=job.run,
+        identity=job.step_inputs(calibration=job.prints["calibration"], seed=job.seed),
     )
     decisions: list[Decision] = []
     for step in steps:

@@ -102,8 +102,7 @@ class Run:
         of a finished step were changed, when the disk is full or cannot be written; what `build` raises is journaled.
         """
         assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", kind), kind
-        key = hash_json({"kind": kind, "inputs": inputs, "code": self.code})
-        name = f"{kind}-{key[:12]}"
+        key, name = self._name(kind, inputs)
         folder = self.folder / "steps" / name
         if folder.exists():
             value = _check_step(folder, key, verify)
@@ -123,6 +122,28 @@ class Run:
             raise
         self._note_finished(kind, key, name, seconds=round(time.monotonic() - began, 3))
         return StepResult(folder, value, reused=False)
+
+    def has(self, kind: str, inputs: Mapping[str, Json]) -> bool:
+        """Say whether the step made from `inputs` is there already."""
+        return (self.folder / "steps" / self._name(kind, inputs)[1]).exists()
+
+    def discard(self, kind: str, inputs: Mapping[str, Json]) -> None:
+        """Remove a finished step that nothing will ask for again; does nothing where there is none."""
+        key, name = self._name(kind, inputs)
+        folder = self.folder / "steps" / name
+        if not folder.exists():
+            return
+        self._finished.discard(key)
+        self.record("discarded", kind=kind, key=key, folder=f"steps/{name}")
+        scratch = self.folder / "scratch" / f"discarded-{name}"
+        with storage_errors(self.folder):
+            folder.rename(scratch)  # whole or gone: a kill leaves rubbish in scratch/, never half a step
+            shutil.rmtree(scratch)
+
+    def _name(self, kind: str, inputs: Mapping[str, Json]) -> tuple[str, str]:
+        """Return (key, folder's name) of a step."""
+        key = hash_json({"kind": kind, "inputs": inputs, "code": self.code})
+        return key, f"{kind}-{key[:12]}"
 
     def close(self) -> None:
         """Release the lock."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.run.progress import Progress
+from gossamer.run.workspace import Run
 from gossamer.tasks.base import Arrays, Batch, Task
 
 if TYPE_CHECKING:
@@ -58,13 +59,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class Context:
-    """Hold what `apply` may use besides the candidate: one example request, calibration batches, progress, the seed."""
+    """Hold what `apply` may use besides the candidate: one example request, calibration batches, progress, the seed.
+
+    `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
+    """
 
     task: Task
     example: Arrays
     calibration: Sequence[Batch]
     progress: Progress
     seed: int = 0
+    run: Run | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

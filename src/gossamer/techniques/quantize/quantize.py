@@ -14,14 +14,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.errors import RecipeError, TechniqueError
+from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.fold import fold_batch_norms
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, searched
 from gossamer.techniques.match import layers_matching
-from gossamer.techniques.quantize.grid import ScaleSearch, nearest_divisor, quantize_weight
+from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
+from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.ranges import Observer, chosen_range, collect_ranges
 
 FINE_GROUPS = (32, 64, 128)
@@ -77,26 +78,14 @@ class Quantize(Technique):
 
         Raises RecipeError for a pattern that matches nothing, TechniqueError for a group size that does not divide.
         """
-        chosen = layers_matching(model, self.targets, "targets")
-        ignored = {layer.name for layer in layers_matching(model, self.ignore, "ignore")} if self.ignore else set()
-        decisions: dict[str, Decision] = {}
-        for layer in chosen:
-            if layer.name in ignored or layer.kind not in ("linear", "conv", "embedding"):
-                continue
-            parameter = layer.tied_to or f"{layer.name}.weight"
-            named = layer.name in self.targets or layer.tied_to is None
-            if not named or parameter in decisions:
-                continue  # a tied head is the embedding's memory: it is rounded when the embedding is
-            self._check_group(layer)
-            decisions[parameter] = Decision(
-                parameter=parameter, layer=layer, weight=self._weight_spec(), activation=self._activation_spec(layer)
-            )
-        if not decisions:
-            raise RecipeError(
-                f"quantize matches no layer: {len(chosen)} matched targets {list(self.targets)}, all ignored or tied",
-                "loosen `ignore`, or add `embedding` to `targets`",
-            )
-        return list(decisions.values())
+        return weight_decisions(
+            model,
+            self.name,
+            self._weight_spec(),
+            targets=self.targets,
+            ignore=self.ignore,
+            activation=self._activation_spec,
+        )
 
     def label(self) -> str:
         """Return the grid in a few words: `int8 dynamic`, `int4 group 32 asymmetric of embedding`."""
@@ -117,14 +106,6 @@ class Quantize(Technique):
         if self.activations == "none" or layer.kind == "embedding":
             return None
         return ActivationSpec(kind=self.activations, scope=self.activation_scope, symmetric=self.activation_symmetric)
-
-    def _check_group(self, layer: LayerInfo) -> None:
-        inputs = torch.Size(layer.shape[1:]).numel()
-        if self.group_size and inputs % self.group_size:
-            raise TechniqueError(
-                f"group_size {self.group_size} does not divide in_features {inputs} of {layer.name}",
-                f"use group_size {nearest_divisor(inputs, self.group_size)}, or name the layer under `ignore`",
-            )
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with codes in place of weights and grids in front of layers.
@@ -220,8 +201,7 @@ class Quantize(Technique):
         for layer in layers_matching(space.model, option.targets, "targets"):
             if layer.kind not in ("linear", "conv", "embedding") or layer.tied_to is not None:
                 continue
-            inputs = torch.Size(layer.shape[1:]).numel()
-            divides = not option.group_size or inputs % option.group_size == 0
+            divides = not option.group_size or num_inputs(layer) % option.group_size == 0
             activation = option._activation_spec(layer)
             reason = space.runtime.refusal(layer.role, layer.shape, option._weight_spec(), activation)
             all_parameters += layer.num_parameters

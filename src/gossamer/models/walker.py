@@ -1,0 +1,149 @@
+"""Find how a model calls each of its blocks, without knowing the model.
+
+How a block is called (masks, positions, a shared position bias, the encoder's output) is the model's own business and
+differs between architectures. Instead of imitating it, the model's own forward is run with stand-ins: every block in
+front of the wanted one answers at once with the outputs recorded last, and the wanted one reports its call and ends
+the run. What a loop carries from block to block it takes from the outputs of the block before, so the call is the real
+one. The cost is the stem's, and no architecture is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gossamer.errors import TechniqueError
+from gossamer.models.roles import Stack
+
+Forward = Callable[[nn.Module, dict[str, Tensor]], Any]
+Output = Tensor | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold what a block was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module) -> Output:
+        """Call a block with it; caches of keys and values are left out, so that a call can be repeated."""
+        kwargs = {name: None if name.startswith("past_key_value") else value for name, value in self.kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        return cast("Output", block(*self.args, **kwargs))
+
+
+class _Reached(Exception):  # not an error: it carries the call out of the model's forward
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+class _StandIn(nn.Module):
+    """Stand in a block's place; whatever a loop asks of the block besides calling it, the block itself answers."""
+
+    def __init__(self, block: nn.Module, act: Callable[[Call], Output]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not a submodule: the block's parameters must not appear twice
+        self.__dict__["_act"] = act
+
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        """Answer without computing."""
+        return cast("Output", self.__dict__["_act"](Call(args, kwargs)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+
+@contextmanager
+def _standing_in(stack: nn.Module, acts: Mapping[str, Callable[[Call], Output]]) -> Iterator[None]:
+    """Put stand-ins in the place of some blocks while the `with` lasts."""
+    blocks = dict(stack.named_children())
+    try:
+        for key, act in acts.items():
+            stack.register_module(key, _StandIn(blocks[key], act))
+        yield
+    finally:
+        for key in acts:
+            stack.register_module(key, blocks[key])
+
+
+@dataclass
+class Stream:
+    """Hold the outputs of the block passed last, one a sample, and those of the last block of each finished stack."""
+
+    outputs: list[Output] = field(default_factory=list)
+    finished: dict[str, list[Output]] = field(default_factory=dict)
+
+    def finish(self, stack: str) -> None:
+        """Note that the last block of a stack was passed."""
+        self.finished[stack], self.outputs = self.outputs, []
+
+
+class Walker:
+    """Run a model's own forward with stand-ins, to find how its blocks are called."""
+
+    def __init__(self, module: nn.Module, forward: Forward, samples: Sequence[dict[str, Tensor]]) -> None:
+        self.module = module
+        self.forward = forward
+        self.samples = samples
+
+    def calls(self, stack: Stack, index: int, stream: Stream, count: int | None = None) -> Iterator[Call]:
+        """Yield what block `index` of a stack is called with, for the first `count` samples (default: all)."""
+        container = self.module.get_submodule(stack.name)
+        keys = block_keys(container)
+
+        def reach(call: Call) -> Output:
+            raise _Reached(call)
+
+        for position, sample in enumerate(self.samples[:count]):
+            with ExitStack() as entered:
+                self._replay_finished(entered, stream, position)
+                acts: dict[str, Callable[[Call], Output]] = {keys[index]: reach}
+                if index:
+                    acts |= dict.fromkeys(keys[:index], _answering(stream.outputs[position]))
+                entered.enter_context(_standing_in(container, acts))
+                try:
+                    self.forward(self.module, sample)
+                except _Reached as reached:
+                    yield reached.call
+                    continue
+            raise TechniqueError(
+                f"{stack.name}.{keys[index]} is not called by the model's forward", "name it in `ignore`"
+            )
+
+    def replay(self, stream: Stream) -> Iterator[None]:
+        """Run every sample with all finished stacks answering from the stream: only what is outside computes."""
+        for position, sample in enumerate(self.samples):
+            with ExitStack() as entered:
+                self._replay_finished(entered, stream, position)
+                self.forward(self.module, sample)
+            yield
+
+    def _replay_finished(self, entered: ExitStack, stream: Stream, position: int) -> None:
+        for name, outputs in stream.finished.items():
+            container = self.module.get_submodule(name)
+            acts = dict.fromkeys(block_keys(container), _answering(outputs[position]))
+            entered.enter_context(_standing_in(container, acts))
+
+
+def _answering(output: Output) -> Callable[[Call], Output]:
+    """Return what stands in for a block by giving a recorded output."""
+    return lambda _: output
+
+
+def block_keys(container: nn.Module) -> list[str]:
+    """Return the names of a list's members that own parameters, in order."""
+    return [key for key, child in container.named_children() if next(child.parameters(), None) is not None]
+
+
+def hidden_states(output: Output) -> Tensor:
+    """Return the hidden states of a block's output: itself, or the first of several."""
+    values = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(values, Tensor)
+    return values

@@ -1,0 +1,316 @@
+"""One sweep over a model's blocks for everything that needs calibration: observe a block, solve it, pass on, remember.
+
+A transformer is a stem, stacks of like blocks, and a head. The sweep holds the calibration samples as they are in front
+of one block, and takes the blocks in order:
+
+    calls = walker.calls(stack, i, outputs)       what the model really hands to block i, sample by sample
+    technique.solve(block)                        observers share a forward pass; solvers are pure functions on tensors
+    outputs = [block(call) for call in calls]     the errors made so far are in what the next block sees
+    remember(block)                               codes and live activations on disk: a killed run goes on here
+
+Two streams run side by side: `live` goes through the solved blocks, `reference` through the blocks as they were. Their
+difference behind each block is the error so far; it is measured on NUM_GATED samples (all of them where a technique
+fits a block's output to the reference). A block whose error is not finite, or that a solver made worse than plain
+rounding does, is rounded plainly and reported.
+
+Left out as yet: weights read from shards block by block (the module is in memory), samples spilled to disk, several
+processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer.errors import TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import Quantized
+from gossamer.models.roles import ModelMap, Stack
+from gossamer.models.walker import Call, Output, Stream, Walker, block_keys, hidden_states
+from gossamer.techniques.base import Context, Decision, Technique
+from gossamer.techniques.quantize.grid import quantize_weight
+from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
+from gossamer.techniques.sweep_memory import SweepMemory
+
+NUM_GATED = 4  # samples on which the error behind each block is measured
+GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples
+
+
+def observe(layers: Mapping[str, nn.Module], passes: Iterator[Any]) -> dict[str, Moments]:
+    """Return the moments of the inputs of some layers over some passes, which are run here.
+
+    Layers that are given one and the same tensor (queries, keys and values) share one Moments. A layer that no pass
+    reaches is missing in the result.
+    """
+    found: dict[str, Moments] = {}
+    first: dict[tuple[int, str], str] = {}  # within one pass: input and patches -> the layer that counted it
+    kept: list[Tensor] = []  # inputs of this pass stay alive, so that no id is given twice
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                values = inputs[0]
+                kept.append(values)
+                leader = first.setdefault((id(values), _patches(module)), name)
+                if leader != name and found.setdefault(name, found[leader]) is found[leader]:
+                    return
+                rows = layer_inputs(module, values)
+                if name not in found:
+                    found[name] = Moments.empty(rows.shape[-1])
+                found[name].add(rows)
+
+            handle = layer.register_forward_pre_hook(note)
+            hooks.callback(handle.remove)
+        for _ in passes:
+            first.clear()
+            kept.clear()
+    return found
+
+
+def _patches(layer: nn.Module) -> str:
+    """Return what tells apart how layers cut one input into rows."""
+    if not isinstance(layer, nn.Conv2d):
+        return ""
+    return f"{layer.kernel_size} {layer.stride} {layer.padding} {layer.dilation}"
+
+
+@dataclass
+class Block:
+    """Hold one block while it is solved: its calls, the decisions inside it, the reference outputs.
+
+    `calls` are the live samples'; `targets` the reference's outputs for as many samples as are known.
+    """
+
+    name: str
+    module: nn.Module
+    calls: Sequence[Call]
+    targets: Sequence[Output]
+    decisions: Mapping[str, Decision]  # by parameter name
+    candidate: Candidate
+    passes: Callable[[], Iterator[Any]]
+    solved: dict[str, Quantized] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def moments(self) -> dict[str, Moments]:
+        """Return the moments of each decided layer's input, by parameter, from one pass over the samples.
+
+        A layer that no sample reaches (a starved expert), or whose error no second moment describes, is missing.
+        """
+        owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.decisions}
+        return observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+
+    def weight(self, parameter: str) -> Tensor:
+        """Return a parameter's present values, in its own shape."""
+        return self.candidate.module.get_parameter(parameter).detach()
+
+    def set_quantized(self, parameter: str, codes: Quantized) -> None:
+        """Put codes in place of a parameter."""
+        self.solved[parameter] = codes
+        self.candidate.set_quantized(parameter, codes)
+
+    def output_error(self) -> float:
+        """Return the squared distance of the block's outputs to the targets, relative to the targets' own spread."""
+        found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
+        return relative_error(found, [hidden_states(target) for target in self.targets])
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return sum of squared differences / sum of squared deviations of `wanted` from its mean over tokens.
+
+    The mean over tokens is taken out for each channel: a few channels carry huge constants that say nothing.
+    """
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, wanted, strict=True))
+    spread = 0.0
+    for values in wanted:
+        rows = values.double().reshape(-1, values.shape[-1])
+        spread += float((rows - rows.mean(0)).square().sum())
+    return difference / spread if spread > 0 else difference
+
+
+class BlockTechnique(Technique):
+    """A technique that solves one block at a time from calibration samples: `solve` is all that it adds."""
+
+    samples: int = Field(128, ge=1, description="calibration samples that are used, evenly spread over those given")
+
+    @abstractmethod
+    def solve(self, block: Block) -> None:
+        """Replace the decided parameters of a block, by `block.set_quantized`.
+
+        Layers outside of all blocks come last, as one Block without calls and targets.
+        """
+
+    @property
+    def fits_outputs(self) -> bool:
+        """Say whether `solve` wants the reference outputs of every sample."""
+        return False
+
+    def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+        """Return the candidate with every decided layer solved, block after block."""
+        decisions = self.resolve(model)
+        again = [decision.parameter for decision in decisions if decision.parameter in candidate.quantized]
+        if again:
+            raise TechniqueError(
+                f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
+                "name them under `ignore` in one of the two steps",
+            )
+        Sweep(self, candidate, model, context, decisions).run()
+        candidate.applied.append(self.entry())
+        return candidate
+
+
+class Sweep:
+    """Take a technique over a candidate's blocks, and remember each finished one in the run folder if there is one."""
+
+    def __init__(
+        self,
+        technique: BlockTechnique,
+        candidate: Candidate,
+        model: ModelMap,
+        context: Context,
+        decisions: Sequence[Decision],
+    ) -> None:
+        self.technique = technique
+        self.candidate = candidate
+        self.context = context
+        self.decisions = {decision.parameter: decision for decision in decisions}
+        self.place = {d.parameter: (d.layer.stack, d.layer.block) for d in decisions}
+        used = {stack for stack, _ in self.place.values()}
+        self.stacks = [stack for stack in model.stacks if stack.name in used]
+        batches = context.calibration
+        count = min(technique.samples, len(batches))
+        if count < technique.rows_needed():
+            raise TechniqueError(
+                f"{technique.name} needs {technique.rows_needed()} calibration samples, {count} were given",
+                "give more rows with --data",
+            )
+        picked = [batches[index * len(batches) // count] for index in range(count)]
+        samples = [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
+        source, output = candidate.source, context.task.output
+        self.walker = Walker(candidate.module, lambda module, inputs: source.forward(module, inputs, output), samples)
+        applied = [*candidate.applied, technique.entry()]
+        self.memory = SweepMemory(context.run, {**context.identity, "applied": applied})
+
+    def run(self) -> None:
+        """Solve the blocks in order, then what stands outside of them; goes on where a killed run stopped."""
+        places = [(stack, index) for stack in self.stacks for index in range(stack.num_blocks)]
+        live, reference = Stream(), Stream()
+        with (
+            self.candidate.simulated(),
+            torch.no_grad(),
+            self.context.progress.stage(f"{self.technique.name}: blocks", len(places) + 1) as advance,
+        ):
+            passed = self._resume(places, live, reference)
+            advance(passed)
+            for number in range(passed, len(places)):
+                stack, index = places[number]
+                self._block(stack, index, live, reference)
+                if index == stack.num_blocks - 1:
+                    live.finish(stack.name)
+                    reference.finish(stack.name)
+                self.memory.save_streams(places, number, live, reference)
+                advance(1)
+            self._rest(live)
+            self.memory.forget_streams(places)
+            advance(1)
+
+    def _resume(self, places: Sequence[tuple[Stack, int]], live: Stream, reference: Stream) -> int:
+        """Put back what an earlier run finished; return how many blocks were passed, their codes in place."""
+        passed = self.memory.load_streams(places, live, reference)
+        if passed == 0 and places and self.memory.solved_all(places, bool(self._outside())):
+            passed = len(places)  # killed behind the sweep: nothing but codes is needed
+        for stack, index in places[:passed]:
+            remembered = self.memory.load(stack.name, index, self._block_at(stack, index, []))
+            assert remembered is not None, f"{stack.name} {index} was passed, but its codes are gone"
+        return passed
+
+    def _block_at(self, stack: Stack, index: int, calls: Sequence[Call]) -> Block:
+        container = self.candidate.module.get_submodule(stack.name)
+        key = block_keys(container)[index]
+        module = container.get_submodule(key)
+        inside = {p: d for p, d in self.decisions.items() if self.place[p] == (stack.name, index)}
+        passes = lambda: (call(module) for call in calls)  # noqa: E731
+        return Block(f"{stack.name}.{key}", module, calls, [], inside, self.candidate, passes)
+
+    def _block(self, stack: Stack, index: int, live: Stream, reference: Stream) -> None:
+        began = time.monotonic()
+        count = len(self.walker.samples)
+        gated = count if self.technique.fits_outputs else min(NUM_GATED, count)
+        block = self._block_at(stack, index, list(self.walker.calls(stack, index, live)))
+        # every call is found before any output is replaced
+        wanted = list(self.walker.calls(stack, index, reference, gated))
+        reference.outputs = [call(block.module) for call in wanted]
+        block.targets = reference.outputs
+        finding = self.memory.load(stack.name, index, block)
+        if finding is None:
+            finding = self._solve(block)
+            self.memory.save(stack.name, index, block, finding)
+        live.outputs = [call(block.module) for call in block.calls]
+        plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
+        notes = "".join(f"; {note}" for note in finding["notes"])
+        seconds = time.monotonic() - began
+        self.context.progress.say(f"{block.name}: error {finding['error']:.2e}{plain}{notes}, {seconds:.1f} s")
+
+    def _solve(self, block: Block) -> dict[str, Any]:
+        """Solve a block, compare with plain rounding on the gated samples, and fall back where that is better."""
+        before = {parameter: block.weight(parameter).clone() for parameter in block.decisions}
+        gate = replace(block, calls=block.calls[:NUM_GATED], targets=block.targets[:NUM_GATED])
+        plain_error = None
+        plain = _plain_codes(block)
+        if plain:
+            for parameter, codes in plain.items():
+                self.candidate.set_quantized(parameter, codes)
+            plain_error = gate.output_error()
+            for parameter, values in before.items():
+                self.candidate.module.get_parameter(parameter).copy_(values)
+                self.candidate.quantized.pop(parameter, None)
+        self.technique.solve(block)
+        error = gate.output_error()
+        if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):
+            block.notes.append(f"{self.technique.name} gave {error:.2e}, so it was rounded plainly")
+            for parameter, codes in plain.items():
+                block.set_quantized(parameter, codes)
+            error = plain_error
+        if not math.isfinite(error):
+            raise TechniqueError(
+                f"the outputs of {block.name} are not finite after {self.technique.name}",
+                "the model overflows in float32: look at its weights with `gossamer inspect`",
+            )
+        return {"error": error, "plain": plain_error, "notes": block.notes}
+
+    def _outside(self) -> dict[str, Decision]:
+        return {parameter: d for parameter, d in self.decisions.items() if self.place[parameter][0] is None}
+
+    def _rest(self, live: Stream) -> None:
+        """Solve the decided layers outside of all blocks from one pass with the blocks' outputs replayed."""
+        outside = self._outside()
+        if not outside:
+            return
+        passes = lambda: self.walker.replay(live)  # noqa: E731
+        rest = Block("layers outside of blocks", self.candidate.module, [], [], outside, self.candidate, passes)
+        if self.memory.load("", 0, rest) is None:
+            self.technique.solve(rest)
+            self.memory.save("", 0, rest, {"notes": rest.notes})
+
+
+def _plain_codes(block: Block) -> dict[str, Quantized]:
+    """Return round-to-nearest codes for every decided parameter of a block."""
+    return {
+        parameter: quantize_weight(
+            block.weight(parameter),
+            decision.weight,
+            scale="mse",
+            transposed=decision.layer.transposed,
+            name=parameter,
+        )
+        for parameter, decision in block.decisions.items()
+        if decision.weight is not None
+    }

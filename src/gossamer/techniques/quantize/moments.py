@@ -1,0 +1,83 @@
+"""What a calibration pass keeps of the input of one layer: second moments and magnitudes, summed over all tokens.
+
+For an input x with I channels, over N tokens t of all calibration samples:
+
+    second_II = sum_t x_t x_t^T / N          mean_abs_I = sum_t |x_t| / N          max_abs_I = max_t |x_t|
+
+With these alone the squared error of a linear layer's output is known exactly for any replacement w' of a row w:
+
+    mean_t (w x_t - w' x_t)^2 = (w - w') second_II (w - w')^T
+
+so solvers (GPTQ, SparseGPT, AWQ's searches) never look at the samples again, and memory is I^2 whatever N is. The
+Hessian in the papers (Frantar et al. 2022, equation 2: H = 2 X X^T) is 2 N second_II; the factor changes nothing.
+
+A convolution is a linear layer over its patches (Frantar and Alistarh 2022, appendix on convolutions); with groups
+every group sees other channels, so those have no single second moment and are left to data-free rounding.
+
+Shape suffixes: t tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Moments:
+    """Hold the moments of one layer's input: `num_tokens`, `second_II`, `mean_abs_I`, `max_abs_I`, float32.
+
+    >>> seen = Moments.empty(2); seen.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]])); seen.second_II.tolist()
+    [[5.0, 1.0], [1.0, 2.0]]
+    """
+
+    num_tokens: int
+    _second_sum_II: Tensor
+    _abs_sum_I: Tensor
+    max_abs_I: Tensor
+
+    @classmethod
+    def empty(cls, num_inputs: int) -> Moments:
+        """Return moments that have seen nothing."""
+        zeros = torch.zeros(num_inputs)
+        return cls(0, torch.zeros(num_inputs, num_inputs), zeros.clone(), zeros.clone())
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs [..., I]."""
+        x_tI = inputs.detach().float().reshape(-1, inputs.shape[-1])
+        self._second_sum_II.addmm_(x_tI.t(), x_tI)
+        size_tI = x_tI.abs()
+        self._abs_sum_I += size_tI.sum(0)
+        torch.maximum(self.max_abs_I, size_tI.amax(0), out=self.max_abs_I)
+        self.num_tokens += x_tI.shape[0]
+
+    @property
+    def second_II(self) -> Tensor:
+        """Return the mean of x x^T, float32 [I, I]."""
+        return self._second_sum_II / max(1, self.num_tokens)
+
+    @property
+    def mean_abs_I(self) -> Tensor:
+        """Return the mean of |x|, float32 [I]."""
+        return self._abs_sum_I / max(1, self.num_tokens)
+
+
+def has_moments(layer: nn.Module) -> bool:
+    """Say whether a layer multiplies one matrix by its inputs, so that second moments describe its error."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(layer, nn.Embedding)
+
+
+def layer_inputs(layer: nn.Module, values: Tensor) -> Tensor:
+    """Return what the layer multiplies its matrix by, [..., I]: the input itself, or the patches of a convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        return values
+    assert not isinstance(layer.padding, str)
+    patches = nn.functional.unfold(
+        values, layer.kernel_size, dilation=layer.dilation, padding=layer.padding, stride=layer.stride
+    )
+    return patches.transpose(1, 2)

@@ -1,0 +1,166 @@
+"""What a sweep keeps in the run folder, so that a killed run goes on behind the last finished block, bytes the same.
+
+    block step      the codes of one block, kept
+    stream step     the calibration samples as they are behind that block, verbatim; the one before it is removed
+
+Both are content-addressed by everything that they depend on: model, rows, settings, the steps applied before, the code.
+Without a run folder nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gossamer.models.quantized import Quantized, QuantSpec
+from gossamer.models.roles import Stack
+from gossamer.models.walker import Output, Stream
+from gossamer.run.workspace import Run
+
+if TYPE_CHECKING:
+    from gossamer.techniques.blockwise import Block
+
+CODES, STREAMS = "codes.safetensors", "streams.safetensors"
+Places = Sequence[tuple[Stack, int]]
+
+
+class SweepMemory:
+    """Save and load finished blocks and streams; `inputs` is what they all depend on."""
+
+    def __init__(self, run: Run | None, inputs: Mapping[str, Any]) -> None:
+        self.run = run
+        self.inputs = inputs
+
+    def save(self, stack: str, index: int, block: Block, finding: Mapping[str, Any]) -> None:
+        """Keep the codes of a solved block, with what was found."""
+        if self.run is None:
+            return
+
+        def build(folder: Path) -> dict[str, Any]:
+            save_file(_tensors(block.solved), folder / CODES)
+            return {**finding, "specs": {name: codes.spec.model_dump() for name, codes in block.solved.items()}}
+
+        self.run.step("block", self._at(stack, index), build)
+
+    def load(self, stack: str, index: int, block: Block) -> dict[str, Any] | None:
+        """Put the codes of a finished block in place and return what was found; None when it is not finished."""
+        if self.run is None or not self.run.has("block", self._at(stack, index)):
+            return None
+        step = self.run.step("block", self._at(stack, index), _never)
+        tensors = load_file(step.folder / CODES)
+        for parameter, spec in step.value["specs"].items():
+            codes = Quantized(
+                codes=tensors[f"{parameter}.codes"],
+                scale=tensors[f"{parameter}.scale"],
+                zero_point=tensors.get(f"{parameter}.zero_point"),
+                spec=QuantSpec.model_validate(spec),
+                shape=tuple(block.weight(parameter).shape),
+                transposed=block.decisions[parameter].layer.transposed,
+            )
+            block.set_quantized(parameter, codes)
+        return dict(step.value)
+
+    def solved_all(self, places: Places, outside: bool) -> bool:
+        """Say whether every block is finished, and what is outside of them too."""
+        wanted = [(stack.name, index) for stack, index in places] + ([("", 0)] if outside else [])
+        run = self.run
+        return run is not None and all(run.has("block", self._at(stack, index)) for stack, index in wanted)
+
+    def save_streams(self, places: Places, number: int, live: Stream, reference: Stream) -> None:
+        """Keep the samples as they are behind place `number`, and remove those behind the place before."""
+        if self.run is None:
+            return
+
+        def build(folder: Path) -> dict[str, Any]:
+            tensors: dict[str, Tensor] = {}
+            shapes = {name: _pack(name, stream, tensors) for name, stream in _named(live, reference)}
+            save_file(tensors, folder / STREAMS)
+            return shapes
+
+        self.run.step("stream", self._behind(places, number), build)
+        if number:
+            self.run.discard("stream", self._behind(places, number - 1))
+
+    def load_streams(self, places: Places, live: Stream, reference: Stream) -> int:
+        """Fill the streams with the last that were kept, and return how many places they have passed (0: none)."""
+        if self.run is None:
+            return 0
+        for number in reversed(range(len(places))):
+            if self.run.has("stream", self._behind(places, number)):
+                step = self.run.step("stream", self._behind(places, number), _never)
+                tensors = load_file(step.folder / STREAMS)
+                for name, stream in _named(live, reference):
+                    _unpack(name, stream, step.value[name], tensors)
+                return number + 1
+        return 0
+
+    def forget_streams(self, places: Places) -> None:
+        """Remove the last streams: the sweep is over."""
+        if self.run is not None and places:
+            self.run.discard("stream", self._behind(places, len(places) - 1))
+
+    def _at(self, stack: str, index: int) -> dict[str, Any]:
+        return {**self.inputs, "stack": stack, "block": index}
+
+    def _behind(self, places: Places, number: int) -> dict[str, Any]:
+        stack, index = places[number]
+        return self._at(stack.name, index)
+
+
+def _tensors(solved: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    tensors = {}
+    for parameter, codes in solved.items():
+        tensors[f"{parameter}.codes"], tensors[f"{parameter}.scale"] = codes.codes, codes.scale
+        if codes.zero_point is not None:
+            tensors[f"{parameter}.zero_point"] = codes.zero_point
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _named(live: Stream, reference: Stream) -> tuple[tuple[str, Stream], ...]:
+    return ("live", live), ("reference", reference)
+
+
+def _pack(name: str, stream: Stream, tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """Add a stream's tensors to `tensors`; return for each of its lists what each output is made of.
+
+    None is a tensor by itself; a list says of each part of a tuple whether it is a tensor (else it is None).
+    """
+    shapes: dict[str, list[Any]] = {}
+    for part, outputs in [("", stream.outputs), *stream.finished.items()]:
+        shapes[part] = []
+        for position, output in enumerate(outputs):
+            pieces = (output,) if isinstance(output, Tensor) else output
+            for place, piece in enumerate(pieces):
+                if isinstance(piece, Tensor):
+                    # a copy: outputs may share memory, which the format refuses
+                    tensors[f"{name}/{part}/{position}/{place}"] = piece.detach().clone().contiguous()
+                else:
+                    assert piece is None, f"a block gives {type(piece).__name__} among its outputs"
+            shapes[part].append(None if isinstance(output, Tensor) else [piece is not None for piece in output])
+    return shapes
+
+
+def _unpack(name: str, stream: Stream, shapes: Mapping[str, list[Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Fill a stream with what `_pack` took apart."""
+    for part, made_of in shapes.items():
+        outputs: list[Output] = []
+        for position, pieces in enumerate(made_of):
+            key = f"{name}/{part}/{position}"
+            if pieces is None:
+                outputs.append(tensors[f"{key}/0"])
+            else:
+                outputs.append(
+                    tuple(tensors[f"{key}/{place}"] if there else None for place, there in enumerate(pieces))
+                )
+        if part:
+            stream.finished[part] = outputs
+        else:
+            stream.outputs = outputs
+
+
+def _never(_: Path) -> dict[str, Any]:
+    raise AssertionError("a finished step is not built again")

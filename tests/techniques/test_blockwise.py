@@ -1,0 +1,276 @@
+"""The sweep: calls are the model's own, outputs chained through blocks are the model's outputs, kills lose nothing."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gossamer.errors import TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.models.example import made_up_example
+from gossamer.models.quantized import QuantSpec
+from gossamer.models.roles import ModelMap, Stack
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.models.walker import Stream, Walker, block_keys, hidden_states
+from gossamer.run.progress import Silent
+from gossamer.run.workspace import Run
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace
+from gossamer.techniques.blockwise import (
+    Block,
+    BlockTechnique,
+    observe,
+    relative_error,
+)
+from gossamer.techniques.quantize.grid import quantize_weight
+from gossamer.techniques.quantize.layers import weight_decisions
+from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.sweep_memory import SweepMemory
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "models" / "test_structure.py"))["FAMILIES"]
+SPEAK = get_task("causal-lm")
+
+
+def run_model(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    found = module(**inputs).logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def varied(example: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Return samples that differ: token ids turned round, real values with noise on them."""
+    draw = torch.Generator().manual_seed(0)
+    samples = []
+    for shift in range(count):
+        changed = {}
+        for name, values in example.items():
+            real = values.is_floating_point()
+            changed[name] = values + torch.randn(values.shape, generator=draw) if real else values.roll(shift, -1)
+        samples.append(changed)
+    return samples
+
+
+@pytest.mark.parametrize("family", list(FAMILIES), ids=lambda family: family.__name__)
+def test_blocks_called_one_after_another_are_the_model(family: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = family().eval()
+    example = made_up_example(network)
+    assert example is not None
+    model = map_model(network, example, run_model)
+    samples = varied(example, 3)
+    walker, stream = Walker(network, run_model, samples), Stream()
+    with torch.no_grad():
+        wanted = [run_model(network, sample) for sample in samples]
+        for stack in model.stacks:
+            container = network.get_submodule(stack.name)
+            keys = block_keys(container)
+            assert len(keys) == stack.num_blocks
+            for index, key in enumerate(keys):
+                block = container.get_submodule(key)
+                stream.outputs = [call(block) for call in walker.calls(stack, index, stream)]
+            stream.finished[stack.name], stream.outputs = stream.outputs, []
+        # the whole model, every block answered from the stream
+        found: list[Tensor] = []
+        walker.forward = lambda module, inputs: found.append(run_model(module, inputs))
+        assert len(list(walker.replay(stream))) == len(samples)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert all(type(part).__name__ != "_StandIn" for part in network.modules())  # every block is back in its place
+
+
+def test_moments_are_sums_over_tokens_and_shared_by_readers_of_one_tensor() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.other, self.conv = (
+                nn.Linear(4, 3), nn.Linear(4, 2), nn.Linear(4, 2), nn.Conv2d(2, 3, 3, padding=1, stride=2),
+            )  # fmt: skip
+
+        def forward(self, x: Tensor, picture: Tensor) -> None:
+            self.q(x), self.k(x), self.other(x * 2), self.conv(picture)
+
+    torch.manual_seed(0)
+    reads = Reads()
+    passes = [(torch.randn(2, 5, 4), torch.randn(1, 2, 6, 6)) for _ in range(3)]
+    found = observe(dict(reads.named_children()), (reads(*inputs) for inputs in passes))
+    assert found["q"] is found["k"]
+    assert found["other"] is not found["q"]
+    rows = np.concatenate([x.reshape(-1, 4).numpy() for x, _ in passes]).astype(np.float64)
+    assert found["q"].num_tokens == len(rows) == 30
+    np.testing.assert_allclose(found["q"].second_II, rows.T @ rows / 30, rtol=1e-5)
+    np.testing.assert_allclose(found["other"].second_II, 4 * (rows.T @ rows) / 30, rtol=1e-5)
+    np.testing.assert_allclose(found["q"].mean_abs_I, np.abs(rows).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["q"].max_abs_I, np.abs(rows).max(0))
+    # a convolution's output error is described by the moments of its patches
+    change = torch.randn(3, 2, 3, 3)
+    outputs = [nn.functional.conv2d(picture, change, padding=1, stride=2) for _, picture in passes]
+    wanted = sum(float(y.square().sum()) for y in outputs) / found["conv"].num_tokens
+    flat = change.flatten(1)
+    assert float((flat @ found["conv"].second_II * flat).sum()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_error_is_relative_to_what_varies() -> None:
+    wanted = torch.tensor([[[1.0, 100.0], [3.0, 100.0]]])
+    assert relative_error([wanted], [wanted]) == 0
+    assert relative_error([wanted + 1], [wanted]) == pytest.approx(4 / 2)
+
+
+class Rounded(BlockTechnique):
+    """Plain rounding as a sweep, to compare with plain rounding at once; may be told to spoil or to stop."""
+
+    name: ClassVar[str] = "rounded"
+    family: ClassVar[str] = "quantize"
+    needs: ClassVar[Needs] = Needs()
+    solved: ClassVar[list[str]] = []
+
+    bits: int = 4
+    stop_before: str = ""
+    spoil: str = ""
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        return weight_decisions(model, self.name, QuantSpec(bits=self.bits), targets=("linear",), ignore=())
+
+    def solve(self, block: Block) -> None:
+        if block.name == self.stop_before:
+            raise KeyboardInterrupt
+        self.solved.append(block.name)
+        for parameter, decision in block.decisions.items():
+            assert decision.weight is not None
+            weight = block.weight(parameter) * (float("nan") if block.name == self.spoil else 1.0)
+            if block.name == self.spoil:
+                block.candidate.module.get_parameter(parameter).copy_(weight)
+            else:
+                block.set_quantized(parameter, quantize_weight(weight, decision.weight, scale="mse"))
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Rounded, ...]]:
+        yield from ()
+
+
+def opened(run: Run | None = None) -> tuple[Candidate, ModelMap, Context]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.2,
+        attn_implementation="eager",
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 12))}, np.array([index])) for index in range(8)]
+    source = Source.open(LlamaForCausalLM(config).eval(), forward=run_model)
+    candidate = Candidate(source=source, module=source.module(SPEAK))
+    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
+    context = Context(
+        task=SPEAK, example=batches[0].inputs, calibration=batches, progress=Silent(), run=run, identity={"of": "test"}
+    )
+    return candidate, map_model(candidate.module, example, source.forward), context
+
+
+def codes_of(candidate: Candidate) -> dict[str, Any]:
+    return {name: (codes.codes, codes.scale) for name, codes in sorted(candidate.quantized.items())}
+
+
+def same(a: Candidate, b: Candidate) -> bool:
+    ours, theirs = codes_of(a), codes_of(b)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(x, y) for name in ours for x, y in zip(ours[name], theirs[name], strict=True)
+    )
+
+
+def test_a_sweep_with_plain_rounding_is_plain_rounding_head_included() -> None:
+    candidate, model, context = opened()
+    Rounded().apply(candidate, model, context)
+    plain, model, context = opened()
+    Quantize(bits=4).apply(plain, model, context)
+    assert "lm_head.weight" in candidate.quantized
+    assert same(candidate, plain)
+
+
+def test_a_block_that_a_solver_spoils_is_rounded_plainly() -> None:
+    candidate, model, context = opened()
+    Rounded(spoil="model.layers.2").apply(candidate, model, context)
+    plain, model, context = opened()
+    Quantize(bits=4).apply(plain, model, context)
+    assert same(candidate, plain)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_with_the_same_codes(tmp_path: Path) -> None:
+    identity = {"verb": "test"}
+    Rounded.solved.clear()
+    with Run(tmp_path / "run", identity) as run:
+        candidate, model, context = opened(run)
+        with pytest.raises(KeyboardInterrupt):
+            Rounded(stop_before="model.layers.2").apply(candidate, model, context)
+    assert Rounded.solved == ["model.layers.0", "model.layers.1"]
+    Rounded.solved.clear()
+
+    class Going(Rounded):  # the same settings in the eyes of the run, without the interruption
+        def entry(self) -> dict[str, Any]:
+            return Rounded(stop_before="model.layers.2").entry()
+
+    with Run(tmp_path / "run", identity) as run:
+        candidate, model, context = opened(run)
+        Going().apply(candidate, model, context)
+    assert Rounded.solved == ["model.layers.2", "model.layers.3", "layers outside of blocks"]
+    straight, model, context = opened()
+    Rounded().apply(straight, model, context)
+    assert same(candidate, straight)
+    # the streams are gone, the codes are kept: a third run solves nothing and passes nothing
+    assert not list((tmp_path / "run" / "steps").glob("stream-*"))
+    Rounded.solved.clear()
+    with Run(tmp_path / "run", identity) as run:
+        candidate, model, context = opened(run)
+        Going().apply(candidate, model, context)
+    assert Rounded.solved == []
+    assert same(candidate, straight)
+
+
+def test_streams_are_kept_verbatim(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, two, three = (torch.randn(1, 3, 2, generator=draw) for _ in range(3))
+    stack = Stack("layers", 2, 1, "Layer")
+    live = Stream(outputs=[one, (two, None, three)], finished={"encoder": [three]})
+    with Run(tmp_path, {"verb": "test"}) as run:
+        memory = SweepMemory(run, {"of": "test"})
+        memory.save_streams([(stack, 0), (stack, 1)], 0, live, Stream())
+        memory.save_streams([(stack, 0), (stack, 1)], 1, live, Stream())
+        assert len(list((tmp_path / "steps").glob("stream-*"))) == 1
+        found = Stream()
+        assert memory.load_streams([(stack, 0), (stack, 1)], found, Stream()) == 2
+        memory.forget_streams([(stack, 0), (stack, 1)])
+        assert memory.load_streams([(stack, 0), (stack, 1)], Stream(), Stream()) == 0
+    first, second = found.outputs
+    assert isinstance(first, Tensor)
+    assert torch.equal(first, one)
+    assert isinstance(second, tuple)
+    assert torch.equal(second[0], two)
+    assert second[1] is None
+    assert torch.equal(second[2], three)
+    (encoder,) = found.finished["encoder"]
+    assert isinstance(encoder, Tensor)
+    assert torch.equal(encoder, three)
+
+
+def test_too_few_samples_are_told(tmp_path: Path) -> None:
+    class Hungry(Rounded):
+        def rows_needed(self) -> int:
+            return 9
+
+    candidate, model, context = opened()
+    with pytest.raises(TechniqueError, match="needs 9 calibration samples, 8 were given"):
+        Hungry().apply(candidate, model, context)
+
+
+def test_the_hidden_states_are_the_first_of_several_outputs() -> None:
+    values = torch.ones(1, 2, 3)
+    assert hidden_states(values) is values
+    assert hidden_states((values, None)) is values
