@@ -20,13 +20,13 @@ from gossamer.errors import DataError
 from gossamer.measure.machine import usable_cores
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
-from gossamer.plan.job import Job
+from gossamer.plan.job import Job, spread
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
-from gossamer.tasks.base import Row, Task
+from gossamer.tasks.base import Batch, Row, Task
 
 MIN_EVALUATION_ROWS = 8
 MIN_SAMPLES = 2  # a task may make fewer samples than rows: long documents under a limit on tokens
@@ -132,7 +132,10 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
     torch.set_num_threads(threads)
     try:
         task, source = prepared.task, prepared.source
-        calibration = tuple(task.batches(prepared.calibration, source, batch_size=1)) if prepared.calibration else ()
+        calibration: tuple[Batch, ...] = ()
+        if prepared.calibration:
+            # a row may be many model inputs (a long document's windows): as many are taken as rows were asked for
+            calibration = spread(task.batches(prepared.calibration, source, batch_size=1), inputs.calibration_rows)
         evaluation = tuple(task.batches(prepared.evaluation or [made_up_row()], source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:

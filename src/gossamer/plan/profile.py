@@ -145,7 +145,7 @@ def _effect(
         candidate, decisions = apply_steps(job, [step])
         with candidate.simulated() as module:
             run = InMemory(job.source, module, job.task.output)
-            found = job.task.evaluate(run, job.calibration, reference)
+            found = job.task.evaluate(run, job.profiled, reference)
         assert found.divergence is not None
         assert found.agreement is not None
         return {

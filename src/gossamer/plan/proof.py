@@ -19,7 +19,7 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
-from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
+from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation, spread
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
@@ -92,16 +92,11 @@ def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
     arrays: dict[str, NDArray[Any]] = {}
     with candidate.simulated() as module:
         decided = InMemory(job.source, module, output)
-        for index, batch in enumerate(_spread(job.evaluation, NUM_CHECKED_BATCHES)):
+        for index, batch in enumerate(spread(job.evaluation, NUM_CHECKED_BATCHES)):
             arrays |= {f"{index}.input.{name}": np.ascontiguousarray(v) for name, v in batch.inputs.items()}
             arrays[f"{index}.decided"] = decided(batch.inputs)[output]
             arrays[f"{index}.original"] = original(batch.inputs)[output]
     return arrays
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """Return at most `count` items, evenly spread over the sequence."""
-    return [items[position * len(items) // min(count, len(items))] for position in range(min(count, len(items)))]
 
 
 def _decision_json(decision: Decision) -> dict[str, Any]:

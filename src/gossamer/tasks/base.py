@@ -85,6 +85,7 @@ class Task(ABC):
     metric: ClassVar[Metric]
     columns: ClassVar[dict[str, tuple[str, ...]]]  # role of a column -> names that are recognised as it
     optional_columns: ClassVar[frozenset[str]] = frozenset()  # roles that a row may do without
+    profile_samples: ClassVar[int] = 128  # calibration inputs that tell what a step does to quality
     input_axes: ClassVar[dict[str, dict[int, str]]]  # input -> {axis: name} of axes that may vary; what exporters need
 
     @abstractmethod

@@ -77,6 +77,7 @@ class CausalLM(Task):
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("content", "document", "body", "article", "passage", "sentence", "story", "message", "completion")
     }
+    profile_samples: ClassVar[int] = 24  # each scores hundreds of tokens
     input_axes: ClassVar[dict[str, dict[int, str]]] = {"input_ids": _AXES, "attention_mask": _AXES}
 
     def batches(self, rows: Sequence[Row], source: Source, *, batch_size: int = 1) -> list[Batch]:
