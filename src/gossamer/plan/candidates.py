@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
 from gossamer.errors import RecipeError
+from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import SearchSpace, Technique
 from gossamer.techniques.registry import recipe_of, resolve, techniques
 
@@ -17,7 +19,7 @@ def recipes(space: SearchSpace) -> list[Steps]:
     """Return every recipe that the techniques propose for this model and runtime, in a stable order.
 
     Runs of different techniques are combined in the order that their needs declare; combinations that exclude each
-    other are left out.
+    other, or that round one parameter twice, are left out.
     """
     proposals = {name: list(technique.candidates(space)) for name, technique in techniques().items()}
     names = [name for name, runs in proposals.items() if runs]
@@ -25,10 +27,19 @@ def recipes(space: SearchSpace) -> list[Steps]:
     for count in range(1, len(names) + 1):
         for chosen in combinations(names, count):
             for runs in product(*(proposals[name] for name in chosen)):
+                if len(found) >= MAX_RECIPES:
+                    return list(found)
                 steps = _ordered(runs)
-                if steps is not None and len(found) < MAX_RECIPES:
+                if steps is not None and not rounds_twice(steps, space.model):
                     found[steps] = None
     return list(found)
+
+
+def rounds_twice(steps: Sequence[Technique], model: ModelMap) -> list[str]:
+    """Return the parameters whose codes more than one step decides."""
+    decided = [decision for step in steps for decision in step.resolve(model)]
+    counts = Counter(decision.parameter for decision in decided if decision.weight is not None)
+    return [parameter for parameter, count in counts.items() if count > 1]
 
 
 def _ordered(runs: Sequence[Steps]) -> Steps | None:

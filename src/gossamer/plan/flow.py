@@ -6,8 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from gossamer.errors import DataError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Verdict
 from gossamer.measure.machine import stamp
-from gossamer.plan.candidates import Steps, name_of, recipes
+from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
 from gossamer.plan.predict import Corrections, Tables
@@ -29,7 +28,7 @@ from gossamer.run.atomic import publish_folder, write_text
 from gossamer.run.workspace import Run
 from gossamer.runtimes.manifest import MANIFEST
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import Decision, SearchSpace
+from gossamer.techniques.base import SearchSpace
 from gossamer.techniques.registry import resolve
 
 RESULT = "report.json"
@@ -102,7 +101,11 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
     what = {"recipe": steps_recipe(steps), "goal": str(goal) if goal else ""}
     with Run(out, identity(inputs, prepared, **what), fresh=fresh) as run, opened_job(inputs, prepared, run) as job:
         decisions = [decision for step in steps for decision in step.resolve(job.model)]
-        _refuse_rounding_twice(decisions)
+        if twice := rounds_twice(steps, job.model):
+            raise TechniqueError(
+                f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
+                "name them under `ignore` in one of the two steps",
+            )
         refusal = refused_by(job.runtime, decisions)
         if refusal is not None:
             raise RuntimeUnavailable(
@@ -142,17 +145,6 @@ def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
 def _recipes(job: Job, calibration_rows: int) -> list[Steps]:
     space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
     return recipes(space)
-
-
-def _refuse_rounding_twice(decisions: Sequence[Decision]) -> None:
-    """Raise TechniqueError, before anything is measured, when two steps decide the codes of one parameter."""
-    counts = Counter(decision.parameter for decision in decisions if decision.weight is not None)
-    twice = [parameter for parameter, count in counts.items() if count > 1]
-    if twice:
-        raise TechniqueError(
-            f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
-            "name them under `ignore` in one of the two steps",
-        )
 
 
 def _proof_seconds(job: Job) -> float:

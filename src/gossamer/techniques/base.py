@@ -10,7 +10,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -107,8 +107,11 @@ class Technique(BaseModel, ABC):
 
     @classmethod
     @abstractmethod
-    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Self, ...]]:
-        """Yield runs of steps of this technique that the planner may put into a recipe, from the search domains."""
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield runs of steps that the planner may put into a recipe, from this technique's search domains.
+
+        A run may hold steps of other techniques that this one leaves to them (embeddings, say).
+        """
 
     def rows_needed(self) -> int:
         """Return how many calibration rows this step cannot do without, with the settings that it has."""

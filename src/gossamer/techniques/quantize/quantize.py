@@ -163,14 +163,19 @@ class Quantize(Technique):
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Quantize, ...]]:
         """Yield every combination of a weight grid for the layers and one for the embeddings that the runtime holds."""
-        embeddings = [layer for layer in space.model.layers if layer.kind == "embedding" and layer.tied_to is None]
-        share = sum(layer.num_parameters for layer in embeddings) / max(1, space.model.num_parameters)
-        of_embeddings: list[Quantize | None] = [None]
-        if share >= MIN_EMBEDDING_SHARE:
-            of_embeddings += list(cls._options(space, targets=("embedding",), activations=("none",)))
+        of_embeddings: list[Quantize | None] = [None, *cls.of_embeddings(space)]
         for layers in cls._options(space, targets=_present_targets(space.model), activations=cls._activation_domain()):
             for rows in of_embeddings:
                 yield (layers,) if rows is None else (layers, rows)
+
+    @classmethod
+    def of_embeddings(cls, space: SearchSpace) -> list[Quantize]:
+        """Return the grids for the embeddings that the runtime holds; none where embeddings are a small part."""
+        embeddings = [layer for layer in space.model.layers if layer.kind == "embedding" and layer.tied_to is None]
+        share = sum(layer.num_parameters for layer in embeddings) / max(1, space.model.num_parameters)
+        if share < MIN_EMBEDDING_SHARE:
+            return []
+        return list(cls._options(space, targets=("embedding",), activations=("none",)))
 
     @classmethod
     def _activation_domain(cls) -> tuple[str, ...]:

@@ -1,0 +1,119 @@
+"""The techniques that choose codes with calibration samples, block after block: `gptq`.
+
+They share the settings of a weight grid and the sweep of `blockwise.py`; what differs is how the codes of one block
+are found, which is a pure function in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from gossamer.models.quantized import QuantSpec, rows_of
+from gossamer.models.roles import ModelMap
+from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
+from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.quantize.gptq import gptq
+from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
+from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
+from gossamer.techniques.quantize.quantize import Quantize
+
+MIN_SAMPLES = 8
+
+
+class CalibratedGrid(BlockTechnique):
+    """Hold the settings that every calibrated rounding has: the grid, and which layers."""
+
+    family: ClassVar[str] = "quantize"
+    needs: ClassVar[Needs] = Needs(calibration_rows=MIN_SAMPLES, roles=("linear",), before=("cast",))
+
+    bits: Literal[8, 7, 4, 3, 2] = searched(4, [4, 3], "width of a weight's code")
+    symmetric: bool = searched(False, [False], "one grid around zero, or one with a zero point of its own")
+    group_size: int | None = searched(
+        64, [64, 32], "inputs that share a scale; empty = one scale for each output channel"
+    )
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="roles, module names, patterns with * or re:... ; what is rounded"
+    )
+    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return one decision for each matched layer; see `quantize`."""
+        return weight_decisions(model, self.name, self._spec(), targets=self.targets, ignore=self.ignore)
+
+    def label(self) -> str:
+        """Return the grid in a few words: `gptq int4 group 64 asymmetric`."""
+        words = [self.name, f"int{self.bits}"]
+        if self.group_size:
+            words.append(f"group {self.group_size}")
+        if not self.symmetric:
+            words.append("asymmetric")
+        return " ".join(words)
+
+    def _spec(self) -> QuantSpec:
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield the grids of the search domain, alone and with rounded embeddings, where there are enough samples."""
+        inside = [layer for layer in space.model.layers if layer.kind == "linear" and layer.stack is not None]
+        if space.calibration_rows < 4 * MIN_SAMPLES or not inside:
+            return
+        for settings in cls.product("bits", "symmetric", "group_size"):
+            if settings["bits"] == 3 and settings["group_size"] != 32:
+                continue  # 3 bits need the finest groups
+            option = cls(**settings)
+            spec, refused = option._spec(), []
+            for layer in space.model.layers:
+                if layer.kind != "linear" or layer.tied_to is not None:
+                    continue
+                divides = not option.group_size or num_inputs(layer) % option.group_size == 0
+                if not divides or space.runtime.refusal(layer.role, layer.shape, spec, None) is not None:
+                    refused.append(layer.name)
+            if 2 * len(refused) < len(inside):
+                step = option.model_copy(update={"ignore": tuple(refused)})
+                yield (step,)
+                for embeddings in Quantize.of_embeddings(space):
+                    yield step, embeddings
+
+
+class Gptq(CalibratedGrid):
+    """Round weights one input channel after another, each error made up for by the channels that follow.
+
+    In a recipe: `- gptq: {bits: 4, group_size: 64}`. Frantar et al., "GPTQ", 2022; the solver is `gptq.py`.
+    """
+
+    name: ClassVar[str] = "gptq"
+
+    scale: ScaleSearch = Field("mse", description="where scales come from: the extremes, or least squared error")
+    order: Literal["none", "static"] = Field(
+        "static", description="input channels as they stand, or the most excited first (groups stay where they are)"
+    )
+    damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
+
+    def solve(self, block: Block) -> None:
+        """Solve each layer from the second moments of its input; one without any is rounded plainly."""
+        moments = block.moments()
+        for parameter, decision in block.decisions.items():
+            assert decision.weight is not None
+            transposed = decision.layer.transposed
+            weight = block.weight(parameter)
+            seen = moments.get(parameter)
+            if seen is None or seen.num_tokens == 0:
+                block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
+                codes = quantize_weight(weight, decision.weight, scale="mse", transposed=transposed, name=parameter)
+            else:
+                codes = gptq(
+                    rows_of(weight, transposed),
+                    seen.second_II,
+                    decision.weight,
+                    scale=self.scale,
+                    order=self.order,
+                    damping=self.damping,
+                    transposed=transposed,
+                    shape=tuple(weight.shape),
+                    name=parameter,
+                )
+            block.set_quantized(parameter, codes)

@@ -1,0 +1,167 @@
+"""GPTQ: round one input channel after another, and let the channels that are still free make up for each error.
+
+Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", 2022, section 3 and algorithm 1. For every row w of a weight, find codes that make
+
+    error(w') = (w - w') S (w - w')^T,        S = second_II, the mean of x x^T over calibration tokens
+
+small. With U the upper Cholesky factor of (S + damping * mean(diag S) * I)^-1, S^-1 = U^T U, for one channel j after
+another:
+
+    q_j = nearest value on the grid to w_j          e_j = (w_j - q_j) / U_jj          w_k -= e_j U_jk  for all k > j
+
+which is the exact optimum of the free channels for each step (optimal brain surgeon), all rows at once. Updates of far
+channels are gathered over `block` channels and done as one matrix product (section 3.3, "lazy batch updates").
+
+Which channels come first matters: `static` takes them by decreasing S_jj, since the first are rounded with the most
+freedom left to repair them, and fixes every group's grid from the original weights beforehand, so that groups remain
+neighbouring inputs and a file needs no index of channels. `none` keeps the order and takes a group's grid from the
+weights as they are when the group is reached.
+
+Channels that no token excites (S_jj = 0) change nothing: they are rounded to the nearest and repair nothing.
+
+Invariants: with S a multiple of the identity the codes are those of round-to-nearest; every code lies in the grid; the
+result does not depend on `block`. Left out: recomputing grids in a permuted order, which needs an index per channel.
+
+Shape suffixes: O rows, I inputs, G groups, b inputs of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import TechniqueError
+from gossamer.models.quantized import Quantized, QuantSpec
+from gossamer.techniques.quantize.grid import ScaleSearch, minmax_grid, mse_scale, nearest_divisor
+
+Order = Literal["none", "static"]
+MAX_DAMPING_FACTOR = 1000.0  # a factorisation that fails is tried again with ten times the damping, up to here
+
+
+def gptq(
+    weight_OI: Tensor,
+    second_II: Tensor,
+    spec: QuantSpec,
+    *,
+    scale: ScaleSearch = "mse",
+    order: Order = "static",
+    damping: float = 0.01,
+    block: int = 128,
+    transposed: bool = False,
+    shape: tuple[int, ...] | None = None,
+    name: str = "weight",
+) -> Quantized:
+    """Return codes of `weight_OI` on the grid of `spec`, chosen by the second moments of its input.
+
+    `shape` and `transposed` describe the parameter that the rows came from. Raises TechniqueError when the group size
+    does not divide the inputs, and for weights or moments that are not finite.
+
+    >>> gptq(torch.eye(2), torch.eye(2), QuantSpec(bits=8)).codes.tolist()
+    [[127, 0], [0, 127]]
+    """
+    num_rows, num_inputs = weight_OI.shape
+    group_size = spec.group_size or num_inputs
+    if num_inputs % group_size:
+        raise TechniqueError(
+            f"group_size {group_size} does not divide in_features {num_inputs} of {name}",
+            f"use group_size {nearest_divisor(num_inputs, group_size)}, or name the layer under `ignore`",
+        )
+    if not bool(torch.isfinite(weight_OI).all()):
+        count = int((~torch.isfinite(weight_OI)).sum())
+        raise TechniqueError(
+            f"{count} of {weight_OI.numel()} weights of {name} are NaN or infinite", "repair the model"
+        )
+    diagonal_I = second_II.diagonal()
+    channels = torch.arange(num_inputs)
+    if order == "static":
+        channels = torch.argsort(diagonal_I, descending=True, stable=True)
+    factor_II = inverse_factor(second_II[channels][:, channels], damping, name)
+    rows_OI = weight_OI.float()[:, channels]
+    grid = _grids(weight_OI.float(), spec, group_size, scale)
+    codes_OI = torch.empty(num_rows, num_inputs)
+    for start in range(0, num_inputs, block):
+        stop = min(start + block, num_inputs)
+        here_Ob, factor_bb = rows_OI[:, start:stop], factor_II[start:stop, start:stop]
+        errors_Ob = torch.empty_like(here_Ob)
+        for j in range(stop - start):
+            channel = int(channels[start + j])
+            group = channel // group_size
+            if order == "none" and spec.group_size and channel % group_size == 0:
+                present_Og = _present(rows_OI, errors_Ob, factor_II, start, j, group_size)
+                fresh = _grids(present_Og, spec, group_size, scale)
+                grid[0][:, group], grid[1][:, group] = fresh[0][:, 0], fresh[1][:, 0]
+            scale_O, zero_O = grid[0][:, group], grid[1][:, group]
+            weight_O = here_Ob[:, j]
+            code_O = torch.clamp(torch.round(weight_O / scale_O) + zero_O, spec.low, spec.high)
+            codes_OI[:, channel] = code_O
+            error_O = (weight_O - (code_O - zero_O) * scale_O) / factor_bb[j, j]
+            here_Ob[:, j + 1 :].addr_(error_O, factor_bb[j, j + 1 :], alpha=-1.0)
+            errors_Ob[:, j] = error_O
+        rows_OI[:, stop:].addmm_(errors_Ob, factor_II[start:stop, stop:], alpha=-1.0)
+    return Quantized(
+        codes=codes_OI.to(torch.int8),
+        scale=grid[0].contiguous(),
+        zero_point=None if spec.symmetric else grid[1].to(torch.int8).contiguous(),
+        spec=spec,
+        shape=shape if shape is not None else tuple(weight_OI.shape),
+        transposed=transposed,
+    )
+
+
+def inverse_factor(second_II: Tensor, damping: float, name: str = "weight") -> Tensor:
+    """Return the upper Cholesky factor U of the inverse of the damped moments, S^-1 = U^T U, float32 [I, I].
+
+    Raises TechniqueError for moments that are not finite, or not positive definite whatever the damping.
+    """
+    if not bool(torch.isfinite(second_II).all()):
+        raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
+    # float64: two factorisations of a nearly singular matrix must agree between machines and block sizes
+    moments_II = second_II.double()
+    diagonal_I = moments_II.diagonal()
+    mean = float(diagonal_I.mean())
+    dead_I = diagonal_I == 0
+    moments_II = moments_II + torch.diag(dead_I.double() * (mean or 1.0))
+    extra = damping * (mean or 1.0)
+    while extra <= MAX_DAMPING_FACTOR * damping * (mean or 1.0):
+        lower, failed = torch.linalg.cholesky_ex(moments_II + extra * torch.eye(len(moments_II), dtype=torch.float64))
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not bool(failed):
+                factor: Tensor = upper.float()
+                return factor
+        extra *= 10
+    raise TechniqueError(
+        f"the second moments of the inputs of {name} are not positive definite with {damping:g} damping",
+        "give more calibration rows, or raise `damping`",
+    )
+
+
+def output_error(weight_OI: Tensor, approximate_OI: Tensor, second_II: Tensor) -> float:
+    """Return the mean squared error of the layer's output for one token, summed over its outputs."""
+    difference_OI = (weight_OI - approximate_OI).double()
+    return float(((difference_OI @ second_II.double()) * difference_OI).sum())
+
+
+def _present(rows_OI: Tensor, errors_Ob: Tensor, factor_II: Tensor, start: int, j: int, group_size: int) -> Tensor:
+    """Return the next group's weights with every update applied, also those that wait for the end of the block."""
+    first = start + j
+    block = errors_Ob.shape[1]
+    inside = min(group_size, block - j)  # updates within the block have been made already
+    present_Og = rows_OI[:, first : first + group_size].clone()
+    if inside < group_size and j:
+        waiting = factor_II[start : start + j, first + inside : first + group_size]
+        present_Og[:, inside:].addmm_(errors_Ob[:, :j], waiting, alpha=-1.0)
+    return present_Og
+
+
+def _grids(weight_OI: Tensor, spec: QuantSpec, group_size: int, scale: ScaleSearch) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero point), each float32 [O, G], of the groups of neighbouring inputs."""
+    groups_Ng = weight_OI.reshape(-1, group_size)
+    scale_N1, zero_N1 = minmax_grid(groups_Ng, spec)
+    if scale == "mse":
+        scale_N1 = mse_scale(groups_Ng, scale_N1, zero_N1, spec)
+    return scale_N1.reshape(weight_OI.shape[0], -1), zero_N1.reshape(weight_OI.shape[0], -1)
