@@ -156,3 +156,12 @@ def test_errors(llama: Source, runner: Runner) -> None:
         TASK.evaluate(run, batches[:2], original)
     with pytest.raises(MeasureError, match="not finite"):
         TASK.evaluate(lambda inputs: {"logits": np.full((*inputs["input_ids"].shape, 24), np.nan)}, batches)
+
+
+def test_calibration_takes_windows_of_all_documents_whatever_is_scored() -> None:
+    rows = [{"text": list(range(1, 41))}, {"text": list(range(41, 61))}, {"text": list(range(61, 66))}]
+    task = get_task("causal-lm", context=10, max_tokens=9)
+    source = Source.open(torch.nn.Linear(1, 1), forward=lambda module, inputs: inputs["input_ids"])
+    found = task.calibration(rows, source, 5)
+    assert len(found) == 5
+    assert sorted(int(batch.inputs["input_ids"][0, 0]) for batch in found) == [1, 11, 41, 51, 61]

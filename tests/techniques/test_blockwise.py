@@ -119,10 +119,13 @@ def test_moments_are_sums_over_tokens_and_shared_by_readers_of_one_tensor() -> N
     assert float((flat @ found["conv"].second_II * flat).sum()) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_error_is_relative_to_what_varies() -> None:
-    wanted = torch.tensor([[[1.0, 100.0], [3.0, 100.0]]])
+def test_each_token_counts_by_its_own_size() -> None:
+    wanted = torch.tensor([[[1.0, 1.0], [1000.0, 1000.0]]])
     assert relative_error([wanted], [wanted]) == 0
-    assert relative_error([wanted + 1], [wanted]) == pytest.approx(4 / 2)
+    assert relative_error([wanted * 1.1], [wanted]) == pytest.approx(0.01)
+    assert relative_error([wanted + torch.tensor([[[1.0], [0.0]]])], [wanted]) == pytest.approx(0.5)
+    picture = torch.ones(1, 3, 4, 4)
+    assert relative_error([picture * 1.5], [picture]) == pytest.approx(0.25)
 
 
 class Rounded(BlockTechnique):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gossamer.errors import TechniqueError
 from gossamer.models.roles import Stack
@@ -30,12 +31,17 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module) -> Output:
-        """Call a block with it; caches of keys and values are left out, so that a call can be repeated."""
+    def __call__(self, block: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Output:
+        """Call a block with it, with other values for some of the block's parameters when given.
+
+        Caches of keys and values are left out, so that a call can be repeated.
+        """
         kwargs = {name: None if name.startswith("past_key_value") else value for name, value in self.kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        return cast("Output", block(*self.args, **kwargs))
+        if weights is None:
+            return cast("Output", block(*self.args, **kwargs))
+        return cast("Output", functional_call(block, dict(weights), self.args, kwargs))
 
 
 class _Reached(Exception):  # not an error: it carries the call out of the model's forward

@@ -21,7 +21,10 @@ def recipes(space: SearchSpace) -> list[Steps]:
     Runs of different techniques are combined in the order that their needs declare; combinations that exclude each
     other, or that round one parameter twice, are left out.
     """
-    proposals = {name: list(technique.candidates(space)) for name, technique in techniques().items()}
+    proposals = {
+        name: [(run, _rounded(run, space.model)) for run in technique.candidates(space)]
+        for name, technique in techniques().items()
+    }
     names = [name for name, runs in proposals.items() if runs]
     found: dict[Steps, None] = {}
     for count in range(1, len(names) + 1):
@@ -29,10 +32,18 @@ def recipes(space: SearchSpace) -> list[Steps]:
             for runs in product(*(proposals[name] for name in chosen)):
                 if len(found) >= MAX_RECIPES:
                     return list(found)
-                steps = _ordered(runs)
-                if steps is not None and not rounds_twice(steps, space.model):
+                if not all(one.isdisjoint(other) for (_, one), (_, other) in combinations(runs, 2)):
+                    continue
+                steps = _ordered([run for run, _ in runs])
+                if steps is not None:
                     found[steps] = None
     return list(found)
+
+
+def _rounded(steps: Sequence[Technique], model: ModelMap) -> frozenset[str]:
+    """Return the parameters whose codes some steps decide."""
+    decided = [decision for step in steps for decision in step.resolve(model)]
+    return frozenset(decision.parameter for decision in decided if decision.weight is not None)
 
 
 def rounds_twice(steps: Sequence[Technique], model: ModelMap) -> list[str]:

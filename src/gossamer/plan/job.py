@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gossamer.run.progress import Progress
 from gossamer.run.workspace import Run
 from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task, spread
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Job:
     @property
     def profiled(self) -> tuple[Batch, ...]:
         """Return the calibration batches on which the effects of steps are measured."""
-        return spread(self.calibration, self.task.profile_samples)
+        return tuple(spread(self.calibration, self.task.profile_samples))
 
     def request(self, runtime: Runtime | None = None) -> ExportRequest:
         """Return what a runtime needs to write an artifact of this job's model."""
@@ -76,12 +76,6 @@ class Job:
     def step_inputs(self, **more: Any) -> dict[str, Any]:
         """Return what identifies a step of this job: the model, the task, and whatever else the step depends on."""
         return {"model": self.prints["model"], "task": self.task.name, "settings": dict(self.task_settings), **more}
-
-
-def spread(batches: Sequence[Batch], count: int) -> tuple[Batch, ...]:
-    """Return at most `count` batches, evenly spread over all."""
-    kept = min(count, len(batches))
-    return tuple(batches[position * len(batches) // kept] for position in range(kept))
 
 
 def pinned_cores(threads: int) -> list[int] | None:

@@ -20,7 +20,7 @@ from gossamer.errors import DataError
 from gossamer.measure.machine import usable_cores
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
-from gossamer.plan.job import Job, spread
+from gossamer.plan.job import Job
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.workspace import Run
@@ -134,8 +134,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
         task, source = prepared.task, prepared.source
         calibration: tuple[Batch, ...] = ()
         if prepared.calibration:
-            # a row may be many model inputs (a long document's windows): as many are taken as rows were asked for
-            calibration = spread(task.batches(prepared.calibration, source, batch_size=1), inputs.calibration_rows)
+            calibration = tuple(task.calibration(prepared.calibration, source, inputs.calibration_rows))
         evaluation = tuple(task.batches(prepared.evaluation or [made_up_row()], source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:

@@ -19,13 +19,13 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
-from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation, spread
+from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import Runtime, StoredTensor
 from gossamer.runtimes.manifest import artifact_files, copy_companions, write_manifest
-from gossamer.tasks.base import Arrays, Evaluation, Scores
+from gossamer.tasks.base import Arrays, Evaluation, Scores, spread
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.registry import recipe_of
 

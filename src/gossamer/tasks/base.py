@@ -95,6 +95,10 @@ class Task(ABC):
         Raises DataError naming the row when a row is empty, cannot be read, or has a label the model does not know.
         """
 
+    def calibration(self, rows: Sequence[Row], source: Source, count: int) -> list[Batch]:
+        """Return at most `count` model inputs of one sample each, evenly spread over the rows."""
+        return spread(self.batches(rows, source, batch_size=1), count)
+
     @abstractmethod
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
         """Return the inputs of one typical request: the row of median length, batch 1."""
@@ -111,3 +115,9 @@ class Task(ABC):
 
         `run` maps input arrays to output arrays, whichever runtime is behind it.
         """
+
+
+def spread(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Return at most `count` batches, evenly spread over all."""
+    kept = min(count, len(batches))
+    return [batches[position * len(batches) // kept] for position in range(kept)]

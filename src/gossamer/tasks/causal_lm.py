@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -110,6 +111,17 @@ class CausalLM(Task):
                     inputs["attention_mask"] = np.ones_like(ids)
                 found.append(Batch(inputs, np.array([window.sample for window in part], dtype=np.int64)))
         return found
+
+    def calibration(self, rows: Sequence[Row], source: Source, count: int) -> list[Batch]:
+        """Return at most `count` windows, taken from the documents in turns; `max_tokens` does not bound them."""
+        batches = replace(self, max_tokens=None).batches(rows, source, batch_size=1)
+        seen: dict[int, int] = {}
+        turns = []
+        for position, batch in enumerate(batches):  # longest windows first, each document's in order
+            sample = int(batch.samples[0])
+            seen[sample] = seen.get(sample, -1) + 1
+            turns.append((seen[sample], position))
+        return [batches[position] for _, position in sorted(turns)[:count]]
 
     def _windows(self, rows: Sequence[Row], tokenizer: Any) -> list[_Window]:
         documents: list[list[_Window]] = []

@@ -97,6 +97,7 @@ class Block:
     decisions: Mapping[str, Decision]  # by parameter name
     candidate: Candidate
     passes: Callable[[], Iterator[Any]]
+    seed: int = 0
     solved: dict[str, Quantized] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -118,22 +119,27 @@ class Block:
         self.candidate.set_quantized(parameter, codes)
 
     def output_error(self) -> float:
-        """Return the squared distance of the block's outputs to the targets, relative to the targets' own spread."""
+        """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`)."""
         found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
         return relative_error(found, [hidden_states(target) for target in self.targets])
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Return sum of squared differences / sum of squared deviations of `wanted` from its mean over tokens.
+    """Return the mean over samples of `token_error`."""
+    return sum(float(token_error(a, b)) for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
-    The mean over tokens is taken out for each channel: a few channels carry huge constants that say nothing.
+
+def token_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over tokens of |found - wanted|^2 / |wanted|^2, hidden states [B, T, H]; a scalar.
+
+    Each token counts by its own size: what reads hidden states divides each by its norm first (a few tokens, often the
+    first, are a thousand times larger than all others and would drown them). Pictures [B, C, H, W] count as one token.
     """
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, wanted, strict=True))
-    spread = 0.0
-    for values in wanted:
-        rows = values.double().reshape(-1, values.shape[-1])
-        spread += float((rows - rows.mean(0)).square().sum())
-    return difference / spread if spread > 0 else difference
+    axes = (-1,) if wanted.dim() == 3 else tuple(range(1, wanted.dim()))
+    size = wanted.float().square().mean(axes)
+    return (
+        (found.float() - wanted.float()).square().mean(axes) / size.clamp(min=torch.finfo(torch.float32).tiny)
+    ).mean()
 
 
 class BlockTechnique(Technique):
@@ -238,7 +244,7 @@ class Sweep:
         module = container.get_submodule(key)
         inside = {p: d for p, d in self.decisions.items() if self.place[p] == (stack.name, index)}
         passes = lambda: (call(module) for call in calls)  # noqa: E731
-        return Block(f"{stack.name}.{key}", module, calls, [], inside, self.candidate, passes)
+        return Block(f"{stack.name}.{key}", module, calls, [], inside, self.candidate, passes, self.context.seed)
 
     def _block(self, stack: Stack, index: int, live: Stream, reference: Stream) -> None:
         began = time.monotonic()
@@ -264,7 +270,7 @@ class Sweep:
         before = {parameter: block.weight(parameter).clone() for parameter in block.decisions}
         gate = replace(block, calls=block.calls[:NUM_GATED], targets=block.targets[:NUM_GATED])
         plain_error = None
-        plain = _plain_codes(block)
+        plain = plain_codes(block)
         if plain:
             for parameter, codes in plain.items():
                 self.candidate.set_quantized(parameter, codes)
@@ -301,7 +307,7 @@ class Sweep:
             self.memory.save("", 0, rest, {"notes": rest.notes})
 
 
-def _plain_codes(block: Block) -> dict[str, Quantized]:
+def plain_codes(block: Block) -> dict[str, Quantized]:
     """Return round-to-nearest codes for every decided parameter of a block."""
     return {
         parameter: quantize_weight(

@@ -1,0 +1,122 @@
+"""The calibrated techniques on tiny models: nearer to the original than plain rounding, and offered where they fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.plan.candidates import recipes, rounds_twice
+from gossamer.recipe import Recipe, Step
+from gossamer.run.progress import Silent
+from gossamer.runtimes import get_runtime
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context, SearchSpace, Technique
+from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
+from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.registry import resolve
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 32, "initializer_range": 0.2, "attn_implementation": "eager",
+}  # fmt: skip
+GRID: dict[str, Any] = {"bits": 3, "group_size": 16, "symmetric": False}
+TASK = get_task("causal-lm")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **SIZES)).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES)).eval()
+
+
+def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    found = module(**inputs).logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def opened(network: nn.Module, rows: int = 32) -> tuple[Candidate, ModelMap, Context]:
+    draw = np.random.default_rng(0)
+    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(rows)]
+    source = Source.open(network, forward=logits)
+    candidate = Candidate(source=source, module=source.module(TASK))
+    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
+    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent())
+    return candidate, map_model(candidate.module, example, source.forward), context
+
+
+def distance(step: Technique, network: nn.Module) -> float:
+    """Return the squared distance of the logits to the original's, on other samples than the step was given."""
+    candidate, model, context = opened(network)
+    changed = step.apply(candidate, model, context).module
+    draw = torch.Generator().manual_seed(1)
+    samples = [{"input_ids": torch.randint(1, 64, (1, 16), generator=draw)} for _ in range(32)]
+    with torch.no_grad():
+        return sum(float((logits(changed, x) - logits(network, x)).square().sum()) for x in samples)
+
+
+@pytest.mark.parametrize("network", [llama, bert], ids=lambda build: build.__name__)
+def test_gptq_is_nearer_to_the_original_than_plain_rounding(network: Any) -> None:
+    plain = distance(Quantize(**GRID), network())
+    solved = distance(Gptq(**GRID), network())
+    assert solved < 0.9 * plain
+
+
+def test_learning_from_gptq_is_nearer_still() -> None:
+    settings = {**GRID, "steps": 100, "batch_size": 4}
+    assert distance(LearnedRounding(**settings), llama()) < distance(Gptq(**GRID), llama())
+
+
+def test_learning_may_start_from_the_nearest_codes() -> None:
+    assert distance(LearnedRounding(**GRID, start="nearest", steps=60, batch_size=4), llama()) < distance(
+        Quantize(**GRID), llama()
+    )
+
+
+def test_the_same_call_gives_the_same_codes() -> None:
+    found = []
+    for _ in range(2):
+        candidate, model, context = opened(llama())
+        found.append(LearnedRounding(**GRID, steps=5).apply(candidate, model, context).quantized)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])
+
+
+def space(network: nn.Module, rows: int = 128) -> SearchSpace:
+    _, model, _ = opened(network)
+    return SearchSpace(model=model, runtime=get_runtime("onnxruntime"), task=TASK, calibration_rows=rows)
+
+
+def test_the_planner_is_offered_grids_alone_and_with_rounded_embeddings() -> None:
+    wide = LlamaForCausalLM(
+        LlamaConfig(num_key_value_heads=2, tie_word_embeddings=True, **{**SIZES, "hidden_size": 64})
+    ).eval()
+    offered = list(Gptq.candidates(space(wide)))
+    grids = {(run[0].bits, run[0].group_size) for run in offered if isinstance(run[0], Gptq)}
+    assert grids == {(4, 64), (4, 32), (3, 32)}
+    assert any(len(run) == 2 and isinstance(run[1], Quantize) and run[1].targets == ("embedding",) for run in offered)
+    ignored = next(run[0] for run in offered if isinstance(run[0], Gptq) and run[0].group_size == 64)
+    assert ignored.ignore == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")  # 48 inputs
+    assert not list(Gptq.candidates(space(wide, rows=16)))
+
+
+def test_no_recipe_rounds_a_parameter_twice() -> None:
+    found = recipes(space(llama()))
+    assert any(isinstance(step, Gptq) for steps in found for step in steps)
+    assert not any(rounds_twice(steps, space(llama()).model) for steps in found)
+    both = resolve(Recipe(steps=(Step(technique="quantize", settings={}), Step(technique="gptq", settings=GRID))))
+    assert "model.layers.0.self_attn.q_proj.weight" in rounds_twice(both, space(llama()).model)
