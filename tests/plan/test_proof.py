@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,16 +85,17 @@ def check_arrays(job: Job, changed: float) -> Arrays:
     return arrays
 
 
-def answering(arrays: Arrays, error: float) -> Callable[[Arrays], Arrays]:
+def answering(arrays: Arrays, error: float) -> Callable[[Sequence[Arrays]], Iterator[Arrays]]:
     """Return a session that gives the decided outputs plus an error, batch by batch."""
-    indices, draw = iter(range(3)), np.random.default_rng(1)
+    draw = np.random.default_rng(1)
 
-    def run(inputs: Arrays) -> Arrays:
-        decided = arrays[f"{(index := next(indices))}.decided"]
-        assert all(np.array_equal(values, arrays[f"{index}.input.{name}"]) for name, values in inputs.items())
-        return {"logits": decided + error * draw.standard_normal(decided.shape).astype(np.float32)}
+    def run_all(batches: Sequence[Arrays]) -> Iterator[Arrays]:
+        for index, inputs in enumerate(batches):
+            decided = arrays[f"{index}.decided"]
+            assert all(np.array_equal(values, arrays[f"{index}.input.{name}"]) for name, values in inputs.items())
+            yield {"logits": decided + error * draw.standard_normal(decided.shape).astype(np.float32)}
 
-    return run
+    return run_all
 
 
 def test_outputs_are_compared_in_units_of_their_spread(job: Job) -> None:

@@ -89,7 +89,7 @@ def random_codes(shape: tuple[int, ...], spec: QuantSpec, seed: int = 0) -> Quan
     rows, columns = shape[0], int(np.prod(shape[1:]))
     groups = columns // spec.group_size if spec.group_size else 1
     codes = torch.randint(spec.low, spec.high + 1, (rows, columns), generator=generator).to(torch.int8)
-    scale = (torch.rand((rows, groups), generator=generator) + 0.5) * (0.1 / spec.high)
+    scale = ((torch.rand((rows, groups), generator=generator) + 0.5) * (0.1 / spec.high)).half()
     zero_point = None
     if not spec.symmetric:
         zero_point = torch.randint(spec.low, spec.high + 1, (rows, groups), generator=generator).to(torch.int8)
@@ -187,7 +187,7 @@ def test_an_embedding_takes_8_bits_per_code(bits: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(served(folder, request), simulated(candidate, request), atol=1e-5)
     held = next(tensor for tensor in TorchFolder().stored_tensors(folder) if tensor.name == name)
     assert (held.dtype, held.bits, held.group_size) == ("int8", bits, 16)
-    assert held.bytes == TorchFolder().stored_bytes("embedding", (50, 32), spec, 4) == 50 * 32 + 50 * 2 * 4
+    assert held.bytes == TorchFolder().stored_bytes("embedding", (50, 32), spec, 4) == 50 * 32 + 50 * 2 * 2
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(bits=8), QuantSpec(bits=4, group_size=16, symmetric=False)], ids=str)
@@ -329,7 +329,7 @@ def test_missing_weights_are_not_invented(tmp_path: Path) -> None:
 
 
 def test_large_models_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gossamer.runtimes.torch_folder.MAX_SHARD_SIZE", "20KB")
+    monkeypatch.setattr("gossamer.runtimes.torch_folder.MAX_SHARD_BYTES", 10_000)
     candidate, request = make("llama", tmp_path)
     quantize(candidate, QuantSpec(bits=4, group_size=16))
     folder = written(candidate, request, tmp_path / "out")

@@ -32,6 +32,8 @@ from gossamer.techniques.blockwise import (
     observe,
     relative_error,
 )
+from gossamer.techniques.quantize.calibrated import Gptq
+from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.layers import weight_decisions
 from gossamer.techniques.quantize.quantize import Quantize
@@ -277,3 +279,64 @@ def test_the_hidden_states_are_the_first_of_several_outputs() -> None:
     values = torch.ones(1, 2, 3)
     assert hidden_states(values) is values
     assert hidden_states((values, None)) is values
+
+
+def on_disk(folder: Path, run: Run | None = None, *, streamed: bool) -> tuple[Candidate, ModelMap, Context]:
+    """Return the same as `opened` from a folder; streamed: read piece by piece."""
+    whole, model, context = opened(run)
+    if not (folder / "config.json").exists():
+        whole.module.save_pretrained(folder)  # type: ignore[operator]
+    source = Source.open(folder)
+    if not streamed:
+        return Candidate(source=source, module=source.module(SPEAK)), model, context
+    assert source.shards is not None
+    return Candidate.streamed(source, source.skeleton(SPEAK), source.shards.read, budget=0), model, context
+
+
+STEPS = [Gptq(bits=4, group_size=16), Quantize(targets=("embedding",)), Cast(dtype="bf16")]
+
+
+def carried_out(candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+    for step in STEPS:
+        candidate = step.apply(candidate, model, context)
+    return candidate
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_model_that_is_read_piece_by_piece_gets_the_same_codes(tmp_path: Path, remembered: bool) -> None:
+    whole = carried_out(*on_disk(tmp_path / "model", streamed=False))
+    if remembered:
+        with Run(tmp_path / "run", {"verb": "test"}) as run:
+            streamed = carried_out(*on_disk(tmp_path / "model", run, streamed=True))
+            assert same(streamed, whole)
+        assert len(list((tmp_path / "run" / "steps").glob("block-*"))) == 5  # four blocks, and the head
+    else:
+        streamed = carried_out(*on_disk(tmp_path / "model", streamed=True))
+        assert same(streamed, whole)
+    assert streamed.weights is not None
+    assert streamed.weights.loaded_bytes == 0
+    for name, values in whole.module.named_parameters():
+        assert torch.equal(streamed.values(name).float(), values)
+        if name in whole.quantized:
+            assert streamed.outline(name) == whole.outline(name)
+
+
+def test_a_sweep_over_pieces_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    identity = {"verb": "test"}
+    with Run(tmp_path / "run", identity) as run:
+        candidate, model, context = on_disk(tmp_path / "model", run, streamed=True)
+        with pytest.raises(KeyboardInterrupt):
+            Rounded(stop_before="model.layers.2").apply(candidate, model, context)
+    Rounded.solved.clear()
+
+    class Going(Rounded):
+        def entry(self) -> dict[str, Any]:
+            return Rounded(stop_before="model.layers.2").entry()
+
+    with Run(tmp_path / "run", identity) as run:
+        candidate, model, context = on_disk(tmp_path / "model", run, streamed=True)
+        Going().apply(candidate, model, context)
+        assert Rounded.solved == ["model.layers.2", "model.layers.3", "layers outside of blocks"]
+        straight, model, context = opened()
+        Rounded().apply(straight, model, context)
+        assert same(candidate, straight)

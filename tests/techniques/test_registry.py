@@ -41,7 +41,7 @@ def test_order_against_a_declaration_is_refused() -> None:
     [
         (("quantise", {}), "no technique is called 'quantise'", "did you mean quantize?"),
         (("quantize", {"bit": 4}), "quantize has no setting 'bit'", "did you mean bits?"),
-        (("quantize", {"bits": 5}), "quantize: bits = 5", "width of a weight's code"),
+        (("quantize", {"bits": 9}), "quantize: bits = 9", "width of a weight's code"),
         (("quantize", {"bits": 4, "activations": "static"}), "needs weights of 8 or 7 bits", ""),
         (("quantize", {"group_size": "many"}), "quantize: group_size = 'many'", ""),
     ],

@@ -41,6 +41,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything drawn by chance.")]
 MaxCandidates = Annotated[int, typer.Option(min=1, help="Most candidates to build and measure.")]
 Time = Annotated[str | None, typer.Option("--time", metavar="DURATION", help="Budget of the run: 90s, 30min, 2h.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory that the run may take: 12GiB; a larger model is read piece by piece."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -94,6 +98,18 @@ def read_time(text: str | None) -> float | None:
     if len(goal.constraints) != 1 or goal.objective is not None:
         raise GoalError(f"--time {text!r} is not one duration", "write for example --time 30min")
     return goal.constraints[0].bound
+
+
+def read_memory(text: str | None) -> int | None:
+    """Read `12GiB` into bytes, in the units of a goal's `memory`; raises GoalError saying which there are."""
+    if text is None:
+        return None
+    from gossamer.goal import parse_goal
+
+    goal = parse_goal(f"memory <= {text}")
+    if len(goal.constraints) != 1 or goal.objective is not None or goal.constraints[0].unit == "%":
+        raise GoalError(f"--memory {text!r} is not one size", "write for example --memory 12GiB")
+    return int(goal.constraints[0].bound)
 
 
 def _typed(value: str) -> Any:

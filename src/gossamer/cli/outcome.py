@@ -22,6 +22,7 @@ from gossamer.report.words import (
 )
 
 NOT_MET = 2
+NOT_MEASURED = "not measured: the model was read piece by piece"
 
 
 def status_of(verdict_name: str) -> int:
@@ -96,11 +97,17 @@ def show_original(screen: Screen, original: Original) -> None:
     rows = [
         ("quality", show_figure(original.metric)),
         ("size", f"{show(original.size_bytes, 'B')}, {show_count(original.num_parameters)} parameters"),
-        ("latency", f"median {show_seconds(original.latency.p50)}, p95 {show_seconds(original.latency.p95)}"),
-        ("memory", f"{show(original.memory_bytes, 'B')} at the peak"),
+        ("latency", _latency_words(original)),
+        ("memory", f"{show(original.memory_bytes, 'B')} at the peak" if original.memory_bytes else NOT_MEASURED),
         ("work", f"{show_count(original.macs)} multiply-adds a request"),
     ]
     screen.pairs(rows)
+
+
+def _latency_words(original: Original) -> str:
+    if not original.latency.known:
+        return NOT_MEASURED
+    return f"median {show_seconds(original.latency.p50)}, p95 {show_seconds(original.latency.p95)}"
 
 
 def show_predictions(screen: Screen, candidates: Sequence[Tried], original: Original) -> None:

@@ -1,18 +1,22 @@
-"""A candidate: a model in memory together with what has been done to it so far."""
+"""A candidate: a model together with what has been done to it so far, in memory or block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.models.deferred import Deferred, Outline, outline_of
+from gossamer.models.lazy import LazyWeights
 from gossamer.models.quantized import ActivationSpec, Quantized
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from gossamer.models.source import Source
 
 
@@ -23,21 +27,95 @@ class Candidate:
     `module` is an ordinary module whose weights already are the dequantized values, so it runs as it stands;
     `quantized` holds the codes by parameter name (`...q_proj.weight`), `activations` the grids of layer inputs by
     module name, `dtype` what the remaining floating-point tensors are stored as. Tied weights appear under one name.
+
+    A streamed candidate has `weights`: its module's values are fetched by `read` when they are needed, and codes are
+    made when they are asked for.
     """
 
     source: Source
     module: nn.Module
-    quantized: dict[str, Quantized] = field(default_factory=dict)
+    quantized: MutableMapping[str, Quantized] = field(default_factory=dict)
     activations: dict[str, ActivationSpec] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
+    weights: LazyWeights | None = None
+    read: Callable[[str], Tensor] | None = None
+
+    @classmethod
+    def streamed(cls, source: Source, module: nn.Module, read: Callable[[str], Tensor], budget: int) -> Candidate:
+        """Return a candidate whose values are fetched by `read`, at most `budget` bytes of them at a time."""
+        candidate = cls(source, module, quantized=Deferred(), read=read)
+        candidate.weights = LazyWeights(module, candidate._streamed_value, budget)
+        return candidate
+
+    def _streamed_value(self, parameter: str) -> Tensor:
+        assert self.read is not None
+        codes = self.quantized.get(parameter)
+        return codes.dequantize() if codes is not None else self.read(parameter)
+
+    def values(self, parameter: str) -> Tensor:
+        """Return a parameter's present values, in its own shape."""
+        if self.weights is not None:
+            return self.weights.value(parameter)
+        return self.module.get_parameter(parameter).detach()
+
+    def held(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Keep the values of a part of the model in memory while the `with` lasts."""
+        return nullcontext() if self.weights is None else self.weights.held(module)
+
+    def outline(self, parameter: str) -> Outline:
+        """Return what a parameter's codes are like, without making them."""
+        if isinstance(self.quantized, Deferred):
+            return self.quantized.outline(parameter)
+        return outline_of(self.quantized[parameter])
 
     def set_quantized(self, parameter: str, quantized: Quantized) -> None:
         """Record codes for a parameter and put their values into the module (tied names see it too)."""
         self.quantized[parameter] = quantized
+        if self.weights is not None:
+            self.weights.refresh(parameter)
+            return
         with torch.no_grad():
             target = self.module.get_parameter(parameter)
             target.copy_(quantized.dequantize().to(target.dtype))
+
+    def unset_quantized(self, parameter: str, values: Tensor | None) -> None:
+        """Take codes back: the parameter has the values again that it had before (a streamed one reads them)."""
+        self.quantized.pop(parameter, None)
+        if self.weights is not None:
+            self.weights.refresh(parameter)
+            return
+        assert values is not None
+        with torch.no_grad():
+            self.module.get_parameter(parameter).copy_(values)
+
+    def round(self, parameter: str, outline: Outline, rule: Callable[[Tensor], Quantized]) -> None:
+        """Replace a parameter by `rule` of its values: now, or (when streamed) whenever it is asked for."""
+        if self.read is None:
+            self.set_quantized(parameter, rule(self.values(parameter)))
+            return
+        read = self.read
+        self.defer(parameter, outline, lambda: rule(read(parameter)))
+
+    def defer(self, parameter: str, outline: Outline, make: Callable[[], Quantized]) -> None:
+        """Let `make` give the codes of a streamed candidate's parameter; they are not kept."""
+        assert isinstance(self.quantized, Deferred)
+        assert self.weights is not None
+        self.quantized.defer(parameter, outline, make)
+        self.weights.refresh(parameter)
+
+    def replace_floats(self, change: Callable[[str, Tensor], Tensor]) -> None:
+        """Change every parameter that has no codes: now, or (when streamed) whenever one is fetched."""
+        if self.read is not None:
+            assert self.weights is not None
+            read = self.read
+            self.read = lambda name: change(name, read(name).float())
+            self.weights.drop()
+            return
+        with torch.no_grad():
+            for name, values in self.module.named_parameters():
+                if name not in self.quantized:
+                    values.copy_(change(name, values))
 
     @contextmanager
     def simulated(self) -> Iterator[nn.Module]:

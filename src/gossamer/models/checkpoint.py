@@ -31,11 +31,12 @@ SLOW_TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model",
 
 @dataclass(frozen=True)
 class StoredShape:
-    """Say how a safetensors file holds one tensor: its dtype as the file spells it (`F32`), shape, bytes."""
+    """Say how a safetensors file holds one tensor: its dtype as the file spells it (`F32`), shape, bytes, and where."""
 
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    begin: int = 0
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,7 +114,10 @@ def read_safetensors_header(path: Path) -> dict[str, StoredShape]:
             header = json.loads(file.read(length))
             tensors = {
                 name: StoredShape(
-                    entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0]
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                    8 + length + entry["data_offsets"][0],
                 )
                 for name, entry in header.items()
                 if name != "__metadata__"

@@ -107,7 +107,7 @@ class ActivationSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Quantized:
-    """Hold one quantized weight: `codes` int8 [O, I], `scale` float32 [O, G], `zero_point` int8 [O, G] or None.
+    """Hold one quantized weight: `codes` int8 [O, I], `scale` float16 or float32 [O, G], `zero_point` int8 or None.
 
     `shape` is the shape of the parameter itself, `transposed` says that it is stored [I, O] (GPT-2's Conv1D).
     """
@@ -134,7 +134,7 @@ class Quantized:
         codes_OGg = self.codes.float().reshape(-1, self.num_groups, self.group_size)
         if self.zero_point is not None:
             codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
-        values_OI = (codes_OGg * self.scale.unsqueeze(-1)).flatten(1)
+        values_OI = (codes_OGg * self.scale.float().unsqueeze(-1)).flatten(1)
         values: Tensor = (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
         return values
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PretrainedConfig
 from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
 from gossamer.models import checkpoint
+from gossamer.models.lazy import load_buffers, without_values
+from gossamer.models.shards import DTYPES, Shards
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -158,6 +161,55 @@ class Source:
             return self._copy_of_network()
         return self._load(getattr(transformers, task.auto_class), f"{task.name} ({task.auto_class})")
 
+    def skeleton(self, task: Purpose) -> nn.Module:
+        """Return the model without values: parameters on the meta device, to be read from `shards` when needed.
+
+        Raises ModelError when it cannot be read piece by piece: a network given from Python, batch norms (they are
+        folded as a whole), a checkpoint whose tensors are named otherwise than the model's parameters.
+        """
+        if self.path is None or self.config is None or self.shards is None:
+            raise ModelError(f"{self.name} was given as a network: it is in memory already", "give a model folder")
+        if self.quantization is not None:
+            raise ModelError(f"{self.name} is already quantized ({self.quantization})", "start from the float model")
+        return self.empty_module(task, self.shards, sorted(self.shards.held))
+
+    def empty_module(self, task: Purpose, shards: Shards, names: Sequence[str]) -> nn.Module:
+        """Return the model without values for a folder that holds parameters of these names."""
+        loader = getattr(transformers, task.auto_class)
+
+        def build() -> nn.Module:
+            module = loader.from_config(
+                self.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                trust_remote_code=self.trust_remote_code,
+            )
+            assert isinstance(module, nn.Module)
+            return module
+
+        try:
+            with quiet_transformers():
+                module = without_values(build)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
+            raise ModelError(
+                f"{self.name} cannot be opened as {task.name} ({task.auto_class}): {_first_line(error)}",
+                "choose the task that fits it",
+            ) from error
+        held = set(names)
+        if missing := [name for name, _ in module.named_parameters() if name not in held]:
+            raise ModelError(
+                f"{self.name} cannot be read piece by piece: {len(missing)} parameters of {type(module).__name__} are "
+                f"not in its files under their names, {missing[0]} first",
+                "save it once with save_pretrained, or give it enough --memory to be opened whole",
+            )
+        if norms := [name for name, part in module.named_modules() if isinstance(part, _BatchNorm)]:
+            raise ModelError(
+                f"{self.name} has {len(norms)} batch norms, which are folded as a whole",
+                "give it enough --memory to be opened whole",
+            )
+        load_buffers(module, shards.read, held)
+        return module
+
     def native_module(self) -> nn.Module:
         """Return a fresh float32 copy opened with the class that config.json names, whatever its task is."""
         if self._network is not None:
@@ -204,6 +256,17 @@ class Source:
                 "open it with a task that fits it, or pass forward=lambda module, inputs: ... with an nn.Module",
             )
         return found
+
+    @cached_property
+    def shards(self) -> Shards | None:
+        """Return the tensors of the folder, to be read one by one; None for a network given from Python."""
+        return None if self.path is None else Shards(self.path)
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """Return what a tensor is stored as in the user's folder, or None when it is not there under this name."""
+        if self.shards is None or name not in self.shards.held:
+            return None
+        return DTYPES.get(self.shards.held[name][1].dtype)
 
     def shipped_files(self) -> list[Path]:
         """Return the files that a user ships today to run this model. A network given from Python has none."""

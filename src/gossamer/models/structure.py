@@ -8,6 +8,7 @@ only where nothing could be run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,19 +28,21 @@ def map_model(
     module: nn.Module,
     example: Mapping[str, Tensor] | None = None,
     forward: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
+    held: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> ModelMap:
     """Return the map of a model, from its structure and one forward pass on `example` (inputs by argument name).
 
     Without an example one is made up from the model's config (its shapes stand in the notes); where that is not
     possible, roles come from shapes alone and MACs are 0. MACs count linear layers, convolutions and the products of
     attention, for this one example; parameters and bytes count tied tensors once (the later layer reports 0).
-    A layer whose role is not understood is "linear" or "other", and the notes name it. Raises ModelError when the
-    model cannot run on the example that was given.
+    `held` keeps the values of a part in memory, where the model's are not all there. A layer whose role is not
+    understood is "linear" or "other", and the notes name it. Raises ModelError when the model cannot run on the
+    example that was given.
 
     >>> map_model(model, {"input_ids": ids}).layer("model.layers.0.self_attn.q_proj").role  # doctest: +SKIP
     'q'
     """
-    leaves = dict(_leaves(module))
+    leaves = dict(_leaves(module, held))
     stacks, members = find_stacks(module)
     notes: list[str] = []
     if not stacks:
@@ -71,11 +74,15 @@ class _Leaf:
     parameters: dict[str, nn.Parameter]
 
 
-def _leaves(module: nn.Module) -> Iterator[tuple[str, _Leaf]]:
+def _leaves(
+    module: nn.Module, held: Callable[[nn.Module], AbstractContextManager[None]]
+) -> Iterator[tuple[str, _Leaf]]:
     for name, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False, remove_duplicate=False))
         if own:
-            kind, transposed = layer_kind(part)
+            known = type(part) in (nn.Linear, nn.Embedding)
+            with nullcontext() if known else held(part):
+                kind, transposed = layer_kind(part)
             yield name, _Leaf(part, kind, transposed, own)
 
 

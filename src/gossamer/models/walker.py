@@ -10,7 +10,7 @@ one. The cost is the stem's, and no architecture is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -123,13 +123,28 @@ class Walker:
                 f"{stack.name}.{keys[index]} is not called by the model's forward", "name it in `ignore`"
             )
 
-    def replay(self, stream: Stream) -> Iterator[None]:
-        """Run every sample with all finished stacks answering from the stream: only what is outside computes."""
+    def replay(self, stream: Stream) -> Iterator[Any]:
+        """Yield each sample's output with all finished stacks answering from the stream: only the rest computes."""
         for position, sample in enumerate(self.samples):
             with ExitStack() as entered:
                 self._replay_finished(entered, stream, position)
-                self.forward(self.module, sample)
-            yield
+                output = self.forward(self.module, sample)
+            yield output
+
+    def outputs(
+        self, stacks: Sequence[Stack], held: Callable[[nn.Module], AbstractContextManager[None]]
+    ) -> Iterator[Any]:
+        """Yield each sample's output; all samples pass a block, which `held` keeps in memory, before the next one."""
+        stream = Stream()
+        for stack in stacks:
+            container = self.module.get_submodule(stack.name)
+            for index, key in enumerate(block_keys(container)):
+                block = container.get_submodule(key)
+                calls = list(self.calls(stack, index, stream))
+                with held(block):
+                    stream.outputs = [call(block) for call in calls]
+            stream.finish(stack.name)
+        yield from self.replay(stream)
 
     def _replay_finished(self, entered: ExitStack, stream: Stream, position: int) -> None:
         for name, outputs in stream.finished.items():

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.errors import DataError, RuntimeUnavailable, TechniqueError
+from gossamer.errors import DataError, GoalError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Verdict
 from gossamer.measure.machine import stamp
+from gossamer.plan.allocation import mixed_recipes
+from gossamer.plan.budget import check_fits
 from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
@@ -47,8 +49,9 @@ def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
         Run(folder, identity(inputs, prepared, goal=str(goal))) as run,
         opened_job(inputs, prepared, run) as job,
     ):
+        check_measurable(job, goal)
         tables, _ = make_tables(job, goal)
-        menu = Menu(job, goal, tables, _recipes(job, len(prepared.calibration)))
+        menu = Menu(job, goal, tables, _recipes(job, goal, tables, len(prepared.calibration)))
         ranked = menu.ranked(Corrections())
         while menu.wants_more(ranked) and menu.next_wave():
             ranked = menu.ranked(Corrections())
@@ -75,8 +78,9 @@ def optimize_run(
         Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run,
         opened_job(inputs, prepared, run) as job,
     ):
-        found = _recipes(job, len(prepared.calibration))
+        check_measurable(job, goal)
         tables, reference = make_tables(job, goal)
+        found = _recipes(job, goal, tables, len(prepared.calibration))
         deadline = None if budget is None else began + budget
         result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
         return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
@@ -106,6 +110,8 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
                 f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
                 "name them under `ignore` in one of the two steps",
             )
+        check_measurable(job, goal)
+        check_fits(job, steps)
         refusal = refused_by(job.runtime, decisions)
         if refusal is not None:
             raise RuntimeUnavailable(
@@ -121,6 +127,17 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
             reason += "; quality was not measured: no rows were given"
         found = Found((tried,), (), 0, verdict, reason)
         return _published(job, inputs, prepared, "apply", goal, original, found, began)
+
+
+def check_measurable(job: Job, goal: Goal | None) -> None:
+    """Raise GoalError for a bound on what is not measured of a model that is read piece by piece."""
+    untimed = ("latency", "throughput", "memory")
+    bounds = [str(part) for part in goal.constraints if part.quantity in untimed] if goal is not None else []
+    if job.budget is not None and bounds:
+        raise GoalError(
+            f"`{bounds[0]}` cannot be measured: {job.source.name} does not fit into memory and is read piece by piece",
+            "leave the bound out, raise --memory, or measure where the model fits: gossamer bench",
+        )
 
 
 def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
@@ -142,9 +159,10 @@ def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
     return tables, reference
 
 
-def _recipes(job: Job, calibration_rows: int) -> list[Steps]:
+def _recipes(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
+    """Return every technique's own proposals, and those whose widths are chosen for this goal."""
     space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
-    return recipes(space)
+    return [*recipes(space), *mixed_recipes(job, goal, tables, space)]
 
 
 def _proof_seconds(job: Job) -> float:

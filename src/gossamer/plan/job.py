@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,17 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
+from gossamer.models.walker import Walker
 from gossamer.run.progress import Progress
 from gossamer.run.workspace import Run
 from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task, spread
+
+STREAMED_TIMEOUT = 24 * 3600.0  # one answer may mean reading a whole model from disk
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Job:
     seed: int = 0
     outputs: tuple[str, ...] = field(default=("logits",))
     scored: bool = True  # False: `evaluation` is made up, fit for checking outputs but not for quality
+    memory: int | None = None  # bytes that the run may take, when the user set a limit
+    budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
 
     @property
     def profiled(self) -> tuple[Batch, ...]:
@@ -62,6 +68,34 @@ class Job:
             cache=_made(self.run.cache / runtime.name),
         )
 
+    def candidate(self) -> Candidate:
+        """Return the original as a candidate to which nothing has been done: whole, or to be read piece by piece."""
+        if self.budget is None:
+            return Candidate(source=self.source, module=self.source.module(self.task))
+        assert self.source.shards is not None
+        module = self.source.skeleton(self.task)
+        return Candidate.streamed(self.source, module, self.source.shards.read, self.budget)
+
+    def computed(self, candidate: Candidate, batches: Sequence[Batch]) -> Iterator[Arrays]:
+        """Yield what a candidate computes for each batch, layer inputs rounded as the artifact will; float32."""
+        with candidate.simulated() as module, torch.inference_mode():
+            run = InMemory(self.source, module, self.task.output)
+            if candidate.weights is None:
+                yield from (run(batch.inputs) for batch in batches)
+                return
+            samples = [tensors_of(batch.inputs) for batch in batches]
+            forward = lambda module, inputs: self.source.forward(module, inputs, self.task.output)  # noqa: E731
+            walker = Walker(module, forward, samples)
+            for output in walker.outputs(self.model.stacks, candidate.weights.held):
+                yield {self.task.output: output.float().numpy()}
+            candidate.weights.drop()
+
+    def evaluate(
+        self, outputs: Iterator[Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
+    ) -> Evaluation:
+        """Score outputs that come in the order of the batches."""
+        return self.task.evaluate(lambda _: next(outputs), batches, reference)
+
     def serve(self, folder: Path, runtime: str | None = None) -> Served:
         """Open an artifact in a child process of its own."""
         return Served(
@@ -71,6 +105,8 @@ class Job:
             task_name=self.task.name,
             task_settings=self.task_settings,
             cpus=pinned_cores(self.threads),
+            timeout=600.0 if self.budget is None else STREAMED_TIMEOUT,
+            budget=self.budget,
         )
 
     def step_inputs(self, **more: Any) -> dict[str, Any]:
@@ -83,6 +119,11 @@ def pinned_cores(threads: int) -> list[int] | None:
     if not hasattr(os, "sched_getaffinity"):
         return None
     return sorted(os.sched_getaffinity(0))[:threads]
+
+
+def tensors_of(inputs: Arrays) -> dict[str, torch.Tensor]:
+    """Return arrays as tensors."""
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
 
 
 def _made(folder: Path) -> Path:
@@ -100,7 +141,7 @@ class InMemory:
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Return the scored output of one batch."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in inputs.items()}
+        tensors = tensors_of(inputs)
         with torch.inference_mode():
             values = self.source.forward(self.module, tensors, self.output)
         return {self.output: values.float().numpy()}

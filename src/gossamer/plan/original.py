@@ -43,7 +43,10 @@ def score_original(job: Job) -> tuple[Evaluation | None, dict[str, Any]]:
         with job.serve(folder, runtime) as served:
             if job.scored:
                 batches = reported(job.evaluation, job.progress, "scoring the original")
-                save_evaluation(job.task.evaluate(served.run, batches), step / EVALUATION)
+                outputs = served.run_all([batch.inputs for batch in job.evaluation])
+                save_evaluation(job.evaluate(outputs, batches), step / EVALUATION)
+            if job.budget is not None:
+                return {"latency": None, "memory": 0}
             seconds = timed(job, served, "timing the original")
             memory = served.peak_memory()
         return {"latency": seconds, "memory": memory}
@@ -79,9 +82,18 @@ def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
 def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
     """Return the record of the original together with its scores."""
     evaluation, measured = score_original(job)
-    folder, unchanged = unchanged_artifact(job)
     _, served_folder = original_folder(job)
     files = job.source.shipped_files() if job.source.path is not None else artifact_files(served_folder)
+    if job.budget is not None:  # the folder itself is what would be written: it is not copied
+        return Original(
+            metric=metric_figure(job, evaluation) if evaluation is not None else None,
+            size_bytes=shipped_bytes(files),
+            num_parameters=job.model.num_parameters,
+            macs=job.model.macs,
+            latency=LatencyRecord.not_measured(),
+            memory_bytes=0,
+        ), evaluation
+    folder, unchanged = unchanged_artifact(job)
     record = Original(
         metric=metric_figure(job, evaluation) if evaluation is not None else None,
         size_bytes=shipped_bytes(files),

@@ -18,15 +18,18 @@ from gossamer.data.rows import read_rows
 from gossamer.data.splits import row_key, split_rows, without_overlap
 from gossamer.errors import DataError
 from gossamer.measure.machine import usable_cores
+from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
+from gossamer.plan.budget import weights_budget
 from gossamer.plan.job import Job
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
-from gossamer.tasks.base import Batch, Row, Task
+from gossamer.tasks.base import Arrays, Batch, Row, Task
 
 MIN_EVALUATION_ROWS = 8
 MIN_SAMPLES = 2  # a task may make fewer samples than rows: long documents under a limit on tokens
@@ -46,6 +49,7 @@ class Inputs:
     columns: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
+    memory: int | None = None  # bytes that the run may take; None: what is free now
     calibration_rows: int = 128
     evaluation_rows: int | None = None
     forward: Forward | None = None
@@ -143,18 +147,16 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
+        runtime = get_runtime(inputs.runtime)
+        budget = weights_budget(source, runtime, inputs.memory)
         yield Job(
             source=source,
             task=task,
             task_settings=dict(inputs.task_settings),
-            runtime=get_runtime(inputs.runtime),
+            runtime=runtime,
             run=run,
             progress=inputs.progress,
-            model=map_model(
-                source.module(task),
-                {name: torch.from_numpy(values) for name, values in request.items()},
-                source.forward,
-            ),
+            model=_mapped(source, task, request, budget),
             calibration=calibration,
             evaluation=evaluation,
             latency_inputs=request,
@@ -163,9 +165,20 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
             seed=inputs.seed,
             outputs=(task.output,),
             scored=bool(prepared.evaluation),
+            budget=budget,
+            memory=inputs.memory,
         )
     finally:
         torch.set_num_threads(before)
+
+
+def _mapped(source: Source, task: Task, request: Arrays, budget: int | None) -> ModelMap:
+    example = {name: torch.from_numpy(values) for name, values in request.items()}
+    if budget is None:
+        return map_model(source.module(task), example, source.forward)
+    assert source.shards is not None
+    candidate = Candidate.streamed(source, source.skeleton(task), source.shards.read, budget)
+    return map_model(candidate.module, example, source.forward, candidate.held)
 
 
 def identity(inputs: Inputs, prepared: Prepared, **more: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Profile:
 def input_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     """Return the shape of each layer's first input for the request whose latency is the goal's."""
     shapes: dict[str, tuple[int, ...]] = {}
-    module = job.source.module(job.task)
+    module = job.candidate().module
     with ExitStack() as stack:
         for layer in job.model.layers:
             if layer.kind in ("linear", "conv"):
@@ -128,8 +128,8 @@ def _reference(job: Job) -> Evaluation:
     """Return the original's evaluation of the calibration rows."""
 
     def build(folder: Path) -> dict[str, Any]:
-        run = InMemory(job.source, job.source.module(job.task), job.task.output)
-        save_evaluation(job.task.evaluate(run, job.calibration), folder / EVALUATION)
+        outputs = job.computed(job.candidate(), job.calibration)
+        save_evaluation(job.evaluate(outputs, job.calibration), folder / EVALUATION)
         return {}
 
     inputs = job.step_inputs(rows=job.prints["calibration"])
@@ -143,9 +143,7 @@ def _effect(
 
     def build(folder: Path) -> dict[str, Any]:
         candidate, decisions = apply_steps(job, [step])
-        with candidate.simulated() as module:
-            run = InMemory(job.source, module, job.task.output)
-            found = job.task.evaluate(run, job.profiled, reference)
+        found = job.evaluate(job.computed(candidate, job.profiled), job.profiled, reference)
         assert found.divergence is not None
         assert found.agreement is not None
         return {

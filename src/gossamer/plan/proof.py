@@ -7,7 +7,7 @@ original), `timed` (latency in turns with the original; peak memory).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
-from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
+from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
@@ -30,6 +30,7 @@ from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.registry import recipe_of
 
 NUM_CHECKED_BATCHES = 8
+NUM_STREAMED_BATCHES = 2  # of a model that is read from disk for each pass
 EXACT_TOLERANCE = 1e-3  # float arithmetic in another order: 1e-6 to 1e-4 was seen
 CAST_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # a runtime may compute in 16 bits too: about ten of the format's steps
 INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by a step; see docs/concepts/proof.md
@@ -68,7 +69,7 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
     """Return a fresh candidate with every step applied, and all that was decided."""
-    candidate = Candidate(source=job.source, module=job.source.module(job.task))
+    candidate = job.candidate()
     context = Context(
         task=job.task,
         example=job.evaluation[0].inputs,
@@ -88,14 +89,14 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
 def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
     """Return inputs of a few held-out batches with the in-memory candidate's and the original's outputs on them."""
     output = job.task.output
-    original = InMemory(job.source, job.source.module(job.task), output)
+    batches = spread(job.evaluation, NUM_CHECKED_BATCHES if job.budget is None else NUM_STREAMED_BATCHES)
     arrays: dict[str, NDArray[Any]] = {}
-    with candidate.simulated() as module:
-        decided = InMemory(job.source, module, output)
-        for index, batch in enumerate(spread(job.evaluation, NUM_CHECKED_BATCHES)):
-            arrays |= {f"{index}.input.{name}": np.ascontiguousarray(v) for name, v in batch.inputs.items()}
-            arrays[f"{index}.decided"] = decided(batch.inputs)[output]
-            arrays[f"{index}.original"] = original(batch.inputs)[output]
+    for kind, model in (("decided", candidate), ("original", job.candidate())):
+        with job.progress.stage(f"outputs to compare with: {kind}", len(batches)) as advance:
+            for index, (batch, found) in enumerate(zip(batches, job.computed(model, batches), strict=True)):
+                arrays |= {f"{index}.input.{name}": np.ascontiguousarray(v) for name, v in batch.inputs.items()}
+                arrays[f"{index}.{kind}"] = found[output]
+                advance(1)
     return arrays
 
 
@@ -123,14 +124,19 @@ def _check(job: Job, folder: Path, decisions: list[dict[str, Any]]) -> dict[str,
     tensors = compare_tensors(job, decisions, job.runtime.stored_tensors(folder / "artifact"))
     arrays = load_file(folder / "expected.safetensors")
     with job.serve(folder / "artifact") as served:
-        equivalence = compare_outputs(job, arrays, served.run, decisions)
+        equivalence = compare_outputs(job, arrays, served.run_all, decisions)
     return {
         "equivalence": equivalence.model_dump(mode="json"),
         "tensors": [row.model_dump(mode="json") for row in tensors],
     }
 
 
-def compare_outputs(job: Job, arrays: Arrays, run: Any, decisions: Sequence[Mapping[str, Any]]) -> Equivalence:
+def compare_outputs(
+    job: Job,
+    arrays: Arrays,
+    run_all: Callable[[Sequence[Arrays]], Iterable[Arrays]],
+    decisions: Sequence[Mapping[str, Any]],
+) -> Equivalence:
     """Return how an opened artifact's outputs compare with the in-memory candidate's on the kept batches.
 
     Weight-only artifacts must agree to float rounding, those cast to 16 bits to the rounding of 16-bit arithmetic.
@@ -139,10 +145,10 @@ def compare_outputs(job: Job, arrays: Arrays, run: Any, decisions: Sequence[Mapp
     """
     indices = sorted({int(name.split(".")[0]) for name in arrays})
     found, decided, original = [], [], []
-    for index in indices:
-        prefix = f"{index}.input."
-        inputs = {name.removeprefix(prefix): v for name, v in arrays.items() if name.startswith(prefix)}
-        found.append(run(inputs)[job.task.output].astype(np.float64))
+    prefixes = [f"{index}.input." for index in indices]
+    inputs = [{n.removeprefix(p): v for n, v in arrays.items() if n.startswith(p)} for p in prefixes]
+    for index, outputs in zip(indices, run_all(inputs), strict=True):
+        found.append(outputs[job.task.output].astype(np.float64))
         decided.append(arrays[f"{index}.decided"].astype(np.float64))
         original.append(arrays[f"{index}.original"].astype(np.float64))
     spread = _rms(*(values - values.mean() for values in decided)) or 1.0
@@ -238,7 +244,8 @@ def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
     def build(step: Path) -> dict[str, Any]:
         with job.serve(folder / "artifact") as served:
             batches = reported(job.evaluation, job.progress, "scoring the artifact")
-            evaluation = job.task.evaluate(served.run, batches, original)
+            outputs = served.run_all([batch.inputs for batch in job.evaluation])
+            evaluation = job.evaluate(outputs, batches, original)
         # what the artifact kept is only needed of the original: scores are small, log-probabilities are not
         save_evaluation(Evaluation(evaluation.scores, {}, evaluation.divergence, evaluation.agreement), step / NAME)
         return {}
@@ -282,20 +289,22 @@ def measure(
     figures = {}
     if reference is not None:
         figures = quality_figures(job, score_artifact(job, folder, reference), reference)
-    times = time_artifact(job, folder)
-    latency = LatencyRecord.model_validate(times["latency"])
-    for statistic, (value, low, high, n) in times["ratios"].items():
-        figures[f"latency {statistic}"] = _seconds(getattr(latency, statistic), value, low, high, n)
-        figures[f"latency {statistic} ratio"] = Figure(value=value, low=low, high=high, n=n)
-    figures["throughput"] = Figure.exact(latency.throughput, "1/s", higher_is_better=True)
-    figures["memory"] = Figure.exact(times["memory"], "B")
+    latency = original_latency = LatencyRecord.not_measured()
+    if job.budget is None:
+        times = time_artifact(job, folder)
+        latency, original_latency = (LatencyRecord.model_validate(times[side]) for side in ("latency", "original"))
+        for statistic, (value, low, high, n) in times["ratios"].items():
+            figures[f"latency {statistic}"] = _seconds(getattr(latency, statistic), value, low, high, n)
+            figures[f"latency {statistic} ratio"] = Figure(value=value, low=low, high=high, n=n)
+        figures["throughput"] = Figure.exact(latency.throughput, "1/s", higher_is_better=True)
+        figures["memory"] = Figure.exact(times["memory"], "B")
     figures["size"] = Figure.exact(shipped_bytes(artifact_files(folder / "artifact")), "B")
     figures["params"] = Figure.exact(job.model.num_parameters, "")
     figures["flops"] = Figure.exact(2 * job.model.macs, "")
     return Measured(
         figures=figures,
         latency=latency,
-        original_latency=LatencyRecord.model_validate(times["original"]),
+        original_latency=original_latency,
         equivalence=equivalence,
         tensors=tensors,
     )

@@ -5,6 +5,7 @@ The report, the command line and `--json` read these and nothing else.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -69,6 +70,16 @@ class LatencyRecord(Record):
     p99: float
     mean: float
     throughput: float  # requests per second
+
+    @classmethod
+    def not_measured(cls) -> LatencyRecord:
+        """Return the record of something that was not timed: a model served piece by piece says nothing of latency."""
+        return cls(samples=(), p50=math.nan, p95=math.nan, p99=math.nan, mean=math.nan, throughput=math.nan)
+
+    @property
+    def known(self) -> bool:
+        """Say whether anything was timed."""
+        return bool(self.samples)
 
 
 class Equivalence(Record):
@@ -137,7 +148,7 @@ class Original(Record):
     num_parameters: int
     macs: int
     latency: LatencyRecord
-    memory_bytes: int
+    memory_bytes: int  # 0: not measured, the model was served piece by piece
     same_runtime_latency: LatencyRecord | None = None  # the unchanged model in the runtime that will serve
     same_runtime_bytes: int | None = None
 

@@ -113,13 +113,14 @@ def cost_plots(result: RunResult) -> list[Scatter]:
     sizes, latencies = [], []
     for index, one in enumerate(result.tried):
         latency, quality = latency_share(one, statistic), quality_share(one)
-        if latency is None or quality is None or not math.isfinite(quality.value):
+        if quality is None or not math.isfinite(quality.value):
             continue  # nothing to place: not measured, or collapsed into what is not a number; the table says so
         size = Figure.exact(size_share(one, original), "")
         chosen = index == result.chosen
         predicted = one.predicted
         sizes.append(_mark(index, one, size, quality, predicted.size_bytes / original.size_bytes, chosen))
-        latencies.append(_mark(index, one, latency, quality, predicted.latency_share, chosen))
+        if latency is not None:
+            latencies.append(_mark(index, one, latency, quality, predicted.latency_share, chosen))
     if not sizes:
         return []
     name = result.provenance.runtime
@@ -132,10 +133,13 @@ def cost_plots(result: RunResult) -> list[Scatter]:
     size_bound = _share_bound(goal.get("size"), original.size_bytes)
     latency_bound = _share_bound(goal.get("latency"), _statistic(original.latency, statistic))
     latency_title = f"{STATISTIC_IN_WORDS[statistic]} latency, share of the original's"
+    of_sizes = scatter(
+        sizes, unchanged_size, x_title="size, share of the original's bytes", x_bound=size_bound, y_bound=y_bound
+    )
+    if not latencies:  # a model that is read piece by piece is not timed
+        return [of_sizes]
     return [
-        scatter(
-            sizes, unchanged_size, x_title="size, share of the original's bytes", x_bound=size_bound, y_bound=y_bound
-        ),
+        of_sizes,
         scatter(latencies, unchanged_latency, x_title=latency_title, x_bound=latency_bound, y_bound=y_bound),
     ]
 
@@ -148,6 +152,8 @@ def latency_rows(result: RunResult) -> list[LatencyRow]:
     if result.chosen is None or (measured := result.tried[result.chosen].measured) is None:
         return []
     base = measured.original_latency
+    if not base.known:
+        return []
     rows = [LatencyRow("original in PyTorch", "original", base, 1.0)]
     same = result.original.same_runtime_latency
     if same is not None:

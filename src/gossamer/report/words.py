@@ -31,6 +31,8 @@ def show(value: float, unit: str = "") -> str:
 
 def show_seconds(seconds: float) -> str:
     """Write a latency: three digits, in the unit that suits it."""
+    if math.isnan(seconds):
+        return NONE
     for scale, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
         if abs(seconds) * scale >= 0.99995 or unit == "µs":
             return f"{_three_digits(seconds * scale)} {unit}"
@@ -54,6 +56,8 @@ def show_duration(seconds: float) -> str:
 def show_share(share: float) -> str:
     """Write a share of the original: `27.1 %`; more digits close to 100 %, where quality lives."""
     percent = share * 100
+    if math.isnan(percent):
+        return NONE
     if not math.isfinite(percent):
         return f"{percent:g}"
     digits = 2 if 90 <= percent < 110 else 1
@@ -112,6 +116,8 @@ def latency_share(tried: Tried, statistic: str = "p50") -> Figure | None:
     ratio = tried.measured.figures.get(f"latency {statistic} ratio")
     if ratio is not None:
         return ratio
+    if not tried.measured.latency.known:
+        return None
     own, original = getattr(tried.measured.latency, statistic), getattr(tried.measured.original_latency, statistic)
     return Figure.exact(own / original, "")
 

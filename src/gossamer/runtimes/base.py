@@ -6,9 +6,12 @@ One file a runtime. A runtime lowers the codes that were decided before; it neve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+from gossamer.errors import RuntimeUnavailable
 
 # types only: a process that serves an artifact should hold what the runtime needs, not torch and every task
 if TYPE_CHECKING:
@@ -58,6 +61,11 @@ class Session(ABC):
     def run(self, inputs: Arrays) -> Arrays:
         """Return the outputs by name; floating-point outputs as float32."""
 
+    def run_all(self, batches: Sequence[Arrays]) -> Iterator[Arrays]:
+        """Yield the outputs of each batch in turn."""
+        for batch in batches:
+            yield self.run(batch)
+
 
 class Runtime(ABC):
     """Write, open and run artifacts of one kind."""
@@ -65,6 +73,7 @@ class Runtime(ABC):
     name: ClassVar[str]
     extra: ClassVar[str | None] = None  # the pip extra that brings it: gossamer[openvino]
     files: ClassVar[tuple[str, ...]]  # patterns of the files that a user must ship, besides tokenizer and config
+    streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
 
     def missing(self) -> str | None:
@@ -88,6 +97,16 @@ class Runtime(ABC):
     @abstractmethod
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
         """Open an artifact that `write` wrote, in this process."""
+
+    def open_streamed(self, folder: Path, *, threads: int, task: Task, budget: int) -> Session:
+        """Open an artifact so that at most `budget` bytes of its weights stay in memory.
+
+        Raises RuntimeUnavailable for a runtime that opens its files whole.
+        """
+        raise RuntimeUnavailable(
+            f"{self.name} opens its files whole: {folder} cannot be served piece by piece",
+            "raise --memory, or use --runtime torch",
+        )
 
     @abstractmethod
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -78,7 +78,7 @@ def exact_reader(stream: BinaryIO) -> Callable[[int], bytes]:
 def answer(server: Server, header: Header, payload: bytes) -> bytes:
     """Return the reply frame; an exception becomes an `error` header, and the child lives on."""
     try:
-        operation = {"open": server.open, "run": server.run, "time": server.time, "memory": server.memory}[header["op"]]
+        operation = server.operations[header["op"]]
         reply, arrays = operation(header, payload)
         return pack_frame(reply, pack_arrays(arrays))
     except GossamerError as error:
@@ -99,6 +99,16 @@ class Server:
         self.session: Session | None = None
         self.timed_inputs: Arrays = {}
         self.figures: dict[str, Any] = {}
+        self.queued: list[Arrays] = []
+        self.answers: Iterator[Arrays] = iter(())
+        self.operations = {
+            "open": self.open,
+            "run": self.run,
+            "queue": self.queue,
+            "next": self.next,
+            "time": self.time,
+            "memory": self.memory,
+        }
 
     def open(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
         """Open the artifact in `folder` with `runtime`, `threads` and the task, noting memory before and after."""
@@ -111,7 +121,12 @@ class Server:
         release_unused()
         resettable = reset_peak()
         baseline = resident_bytes()
-        self.session = runtime.open(Path(header["folder"]), threads=header["threads"], task=task)
+        folder, threads = Path(header["folder"]), header["threads"]
+        if header["budget"] is None:
+            self.session = runtime.open(folder, threads=threads, task=task)
+        else:
+            assert task is not None
+            self.session = runtime.open_streamed(folder, threads=threads, task=task, budget=header["budget"])
         peak_open = peak_bytes()
         release_unused()
         after_open = resident_bytes()
@@ -127,6 +142,19 @@ class Server:
     def run(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
         """Run once and return the outputs."""
         return {"ok": True}, self._opened().run(unpack_arrays(payload))
+
+    def queue(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
+        """Take in one of the batches that `next` will answer; the first one begins anew."""
+        if header["first"]:
+            self.queued = []
+        self.queued.append(unpack_arrays(payload))
+        if header["last"]:
+            self.answers = self._opened().run_all(self.queued)
+        return {"ok": True}, {}
+
+    def next(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
+        """Return the outputs of the next queued batch."""
+        return {"ok": True}, next(self.answers)
 
     def time(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
         """Run `warmup` times untimed, then `repeats` times timed, on the inputs sent with this or an earlier `time`."""

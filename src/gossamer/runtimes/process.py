@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
@@ -43,7 +43,8 @@ class Served:
 
     `runtime` is a known name or `package.module:Class`; `task_name` and `task_settings` rebuild the task in the child
     (None: the runtime opens without, and the child is lighter by what tasks import); `cpus` pins the child to these
-    cores where the system can (default: this process's own); `threads` is what the runtime may use.
+    cores where the system can (default: this process's own); `threads` is what the runtime may use. With `budget` the
+    artifact is served piece by piece, so many bytes of its weights in memory at a time (it then wants a task).
     Every failure (the artifact does not open, the child crashes, hangs longer than `timeout` seconds, or raises) is a
     MeasureError that carries the child's message, hint, and the end of its standard error. The child dies with the
     thread that made this object.
@@ -59,6 +60,7 @@ class Served:
         task_settings: Mapping[str, Any] | None = None,
         cpus: Sequence[int] | None = None,
         timeout: float = 600.0,
+        budget: int | None = None,
     ) -> None:
         self.label = f"{runtime} serving {folder}"
         self.timeout = timeout
@@ -85,6 +87,7 @@ class Served:
                 "threads": threads,
                 "task": task_name,
                 "task_settings": dict(task_settings or {}),
+                "budget": budget,
             }
             self.reopen(folder)
         except BaseException:
@@ -103,6 +106,14 @@ class Served:
     def run(self, inputs: Arrays) -> Arrays:
         """Return the outputs for one batch of inputs."""
         return unpack_arrays(self._ask({"op": "run"}, pack_arrays(inputs))[1])
+
+    def run_all(self, batches: Sequence[Arrays]) -> Iterator[Arrays]:
+        """Yield the outputs of each batch in turn; the runtime may work on all of them together."""
+        for position, inputs in enumerate(batches):
+            header = {"op": "queue", "first": position == 0, "last": position == len(batches) - 1}
+            self._ask(header, pack_arrays(inputs))
+        for _ in batches:
+            yield unpack_arrays(self._ask({"op": "next"})[1])
 
     def time(self, inputs: Arrays, repeats: int, *, warmup: int = 1) -> list[float]:
         """Return the seconds of `repeats` runs, each timed inside the child after `warmup` untimed ones.

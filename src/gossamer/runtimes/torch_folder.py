@@ -15,30 +15,31 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.models.shards import MAX_SHARD_BYTES, Entry, write_shards
 from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
+from gossamer.runtimes.torch_streamed import StreamedSession
 from gossamer.tasks.base import Arrays, Task
 
 METADATA = {"format": "pt", "written_by": "gossamer"}
-MAX_SHARD_SIZE = "5GB"
 FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
 # layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
 UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
@@ -71,6 +72,7 @@ class TorchFolder(Runtime):
 
     name: ClassVar[str] = "torch"
     files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "*.pt2")
+    streams: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
 
     def refusal(
@@ -113,12 +115,12 @@ class TorchFolder(Runtime):
         output layer shares the embedding, which costs a second copy of the scales.
 
         >>> TorchFolder().stored_bytes("q", (64, 64), QuantSpec(bits=4, group_size=32), 4)
-        2576
+        2320
         """
         if spec is None:
             return int(np.prod(shape, dtype=np.int64)) * dtype_bytes
         layout = lowering.layout_of(activation, role == "embedding" or tied)
-        return lowering.layer_bytes(shape, spec, dtype_bytes, layout, copies=2 if tied else 1)
+        return lowering.layer_bytes(shape, spec, layout, copies=2 if tied else 1)
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
         """Write config.json, safetensors and processor files; the codes are stored as they are.
@@ -129,16 +131,18 @@ class TorchFolder(Runtime):
             TorchExport().write(candidate, folder, request)
             return
         layers = _layers(candidate)
-        tensors = _state(candidate, layers)
         config = _config(candidate.module, candidate.dtype)
         if layers:
             settings = {
-                name: (spec, activation, layout, candidate.quantized[parameter].shape[1])
+                name: (spec, activation, layout, candidate.outline(parameter).shape[1])
                 for name, (spec, activation, layout, parameter) in layers.items()
             }
             config["quantization_config"] = lowering.quantization_config(settings, _untouched(candidate, layers))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _save(tensors, folder)
+        parts = _parts(candidate, layers)
+        entries = [entry for part in parts for entry in part.entries]
+        tensors = (found for part in parts for found in part.tensors().items())
+        write_shards(folder, entries, tensors, METADATA, MAX_SHARD_BYTES)
         copy_companions(candidate.source, folder)
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
@@ -164,6 +168,11 @@ class TorchFolder(Runtime):
             raise ArtifactError(f"{folder} lacks {len(absent)} weights, {absent[0]} first", "write the artifact again")
         return TorchSession(module.eval(), (task.output,) if task else None)
 
+    def open_streamed(self, folder: Path, *, threads: int, task: Task, budget: int) -> Session:
+        """Open a folder so that its weights are read when they are needed, and at most `budget` bytes of them stay."""
+        torch.set_num_threads(threads)
+        return StreamedSession(folder, task, budget)
+
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
         """Read back from config.json and the safetensors headers how each parameter is held."""
         if (folder / PROGRAM_FILE).exists():
@@ -188,12 +197,13 @@ def _layers(candidate: Candidate) -> dict[str, Layer]:
     for name, parameter in candidate.module.named_parameters(remove_duplicate=False):
         sharers.setdefault(id(parameter), []).append(name)
     layers: dict[str, Layer] = {}
-    for parameter_name, quantized in candidate.quantized.items():
+    for parameter_name in candidate.quantized:
+        outline = candidate.outline(parameter_name)
         names = sharers[id(candidate.module.get_parameter(parameter_name))]
         for name in names:
             owner, _, local = name.rpartition(".")
             module = candidate.module.get_submodule(owner)
-            if local != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or quantized.transposed:
+            if local != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or outline.transposed:
                 raise RuntimeUnavailable(
                     f"{name} belongs to a {type(module).__name__}: compressed-tensors holds linear and embedding "
                     "weights only",
@@ -201,7 +211,7 @@ def _layers(candidate: Candidate) -> dict[str, Layer]:
                 )
             activation = candidate.activations.get(owner)
             layout = lowering.layout_of(activation, isinstance(module, nn.Embedding) or len(names) > 1)
-            layers[owner] = (quantized.spec, activation, layout, parameter_name)
+            layers[owner] = (outline.spec, activation, layout, parameter_name)
     for name in candidate.activations:
         if name not in layers:
             raise RuntimeUnavailable(
@@ -211,18 +221,68 @@ def _layers(candidate: Candidate) -> dict[str, Layer]:
     return layers
 
 
-def _state(candidate: Candidate, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Return every tensor of the file by name; a parameter that two modules share appears under its first name."""
-    tensors: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Part:
+    """Hold what the file will say of one parameter or layer, and what makes its tensors: one part at a time."""
+
+    entries: list[Entry]
+    tensors: Callable[[], dict[str, Tensor]]
+
+
+def _parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[_Part]:
+    """Return the parts of the file; a parameter that two modules share appears under its first name."""
+    parts = []
     replaced = {f"{owner}.weight" for owner in layers}
     for name, tensor in _unique_tensors(candidate.module):
         if name not in replaced:
-            tensors[name] = (tensor.to(candidate.dtype) if tensor.is_floating_point() else tensor).contiguous()
-    for owner, (_, activation, layout, parameter_name) in layers.items():
-        local = lowering.layer_tensors(candidate.quantized[parameter_name], layout, candidate.dtype)
+            parts.append(_float_part(candidate, name, tensor))
+    sharing: dict[str, list[str]] = {}
+    for owner, (_, _, _, parameter_name) in layers.items():
+        sharing.setdefault(parameter_name, []).append(owner)
+    for parameter_name, owners in sharing.items():
+        entries = [entry for owner in owners for entry in _layer_entries(candidate, owner, layers[owner])]
+        made = partial(_layer_tensors, candidate, {owner: layers[owner] for owner in owners}, parameter_name)
+        parts.append(_Part(entries, made))
+    return parts
+
+
+def _float_part(candidate: Candidate, name: str, tensor: Tensor) -> _Part:
+    dtype = tensor.dtype
+    if tensor.is_floating_point():
+        stored = candidate.source.stored_dtype(name)
+        narrow = candidate.dtype == torch.float32 and stored in (torch.float16, torch.bfloat16)
+        # what was 16 bits wide and is as it was stays so, bit for bit; loaded as float32 it is the same number
+        untouched = narrow and (tensor.is_meta or torch.equal(tensor.to(stored).float(), tensor.float()))
+        dtype = stored if untouched and stored is not None else candidate.dtype
+
+    def made() -> dict[str, Tensor]:
+        values = candidate.values(name) if tensor.is_meta else tensor
+        return {name: values.to(dtype).contiguous()}
+
+    return _Part([Entry(name, dtype, tuple(tensor.shape))], made)
+
+
+def _layer_entries(candidate: Candidate, owner: str, layer: Layer) -> list[Entry]:
+    spec, activation, layout, parameter_name = layer
+    outline = candidate.outline(parameter_name)
+    scales = lowering.scale_dtype(outline.scale_dtype, candidate.dtype)
+    entries = lowering.layer_entries(f"{owner}.", outline.shape, spec, layout, scales)
+    if parameter_name != f"{owner}.weight":
+        entries = [entry for entry in entries if entry.name != f"{owner}.weight"]
+    if activation is not None:
+        inputs = lowering.input_tensors(activation, candidate.dtype)
+        entries += [Entry(f"{owner}.{key}", tensor.dtype, tuple(tensor.shape)) for key, tensor in inputs.items()]
+    return entries
+
+
+def _layer_tensors(candidate: Candidate, owners: Mapping[str, Layer], parameter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of every module that holds one quantized parameter."""
+    codes = candidate.quantized[parameter_name]
+    tensors: dict[str, Tensor] = {}
+    for owner, (_, activation, layout, _) in owners.items():
+        local = lowering.layer_tensors(codes, layout, candidate.dtype)
         if parameter_name != f"{owner}.weight":
             del local["weight"]  # the shared int8 table is stored under its first name
-            local = {key: value.clone() for key, value in local.items()}
         if activation is not None:
             local.update(lowering.input_tensors(activation, candidate.dtype))
         tensors.update({f"{owner}.{key}": value for key, value in local.items()})
@@ -259,34 +319,12 @@ def _config(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-def _save(tensors: dict[str, Tensor], folder: Path) -> None:
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
-    for file_name, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file_name, metadata=METADATA)
-        _sort_metadata(folder / file_name)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
 def _named_class(folder: Path) -> Any:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [None])[0]
     if name is None or not hasattr(transformers, name):
         raise ArtifactError(f"{folder}/config.json names no model class of transformers", "open it with its task")
     return getattr(transformers, name)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: it is written in one that differs from run to run."""
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same content in another order, but for the padding
-        file.seek(8)
-        file.write(text.ljust(length))
 
 
 def _written_by_us(folder: Path) -> bool:

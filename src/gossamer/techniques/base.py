@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from gossamer.runtimes.base import Runtime
 
 
+VALUE_BYTES = 7  # of a weight while it is rounded: as stored, its codes, those packed, and what packing takes
+
+
 @dataclass(frozen=True)
 class Needs:
     """Declare what a technique needs before it can run, and its place in a recipe.
@@ -116,6 +119,13 @@ class Technique(BaseModel, ABC):
     def rows_needed(self) -> int:
         """Return how many calibration rows this step cannot do without, with the settings that it has."""
         return self.needs.calibration_rows
+
+    def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
+        """Return about how much memory `apply` takes on a model that is read piece by piece, the process left out.
+
+        `sample_bytes` is what one calibration sample takes between two blocks.
+        """
+        return VALUE_BYTES * max((layer.num_parameters for layer in model.layers), default=0)
 
     @classmethod
     def domain(cls, setting: str) -> list[Any]:

@@ -13,7 +13,8 @@ difference behind each block is the error so far; it is measured on NUM_GATED sa
 fits a block's output to the reference). A block whose error is not finite, or that a solver made worse than plain
 rounding does, is rounded plainly and reported.
 
-Left out as yet: weights read from shards block by block (the module is in memory), samples spilled to disk, several
+Of a streamed candidate only the block at hand is in memory: its weights are read for a pass and given back, its codes
+go to the run folder and are read from there when somebody asks. Left out as yet: samples spilled to disk, several
 processes.
 """
 
@@ -23,7 +24,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +42,8 @@ from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.sweep_memory import SweepMemory
 
+BLOCK_VALUE_BYTES = 4 + 2  # of a weight of the block at hand: its value, its codes and those of plain rounding
+SHARED_INPUTS = frozenset(("k", "v", "up"))  # layers that read what another one (q, gate) reads: one set of moments
 NUM_GATED = 4  # samples on which the error behind each block is measured
 GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples
 
@@ -107,11 +110,16 @@ class Block:
         A layer that no sample reaches (a starved expert), or whose error no second moment describes, is missing.
         """
         owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.decisions}
-        return observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+        with self.in_memory():
+            return observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+
+    def in_memory(self) -> AbstractContextManager[None]:
+        """Keep the block's weights in memory while the `with` lasts (those of a whole model are never kept)."""
+        return self.candidate.held(self.module) if self.calls else nullcontext()
 
     def weight(self, parameter: str) -> Tensor:
         """Return a parameter's present values, in its own shape."""
-        return self.candidate.module.get_parameter(parameter).detach()
+        return self.candidate.values(parameter)
 
     def set_quantized(self, parameter: str, codes: Quantized) -> None:
         """Put codes in place of a parameter."""
@@ -120,7 +128,8 @@ class Block:
 
     def output_error(self) -> float:
         """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`)."""
-        found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
+        with self.in_memory():
+            found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
         return relative_error(found, [hidden_states(target) for target in self.targets])
 
 
@@ -158,6 +167,23 @@ class BlockTechnique(Technique):
     def fits_outputs(self) -> bool:
         """Say whether `solve` wants the reference outputs of every sample."""
         return False
+
+    def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
+        """Return the bytes of the block at hand, the samples around it, its moments, and the largest solve."""
+        blocks: dict[tuple[str | None, int | None], int] = {}
+        moments: dict[tuple[str | None, int | None], int] = {}
+        solve = 0
+        for decision in self.resolve(model):
+            layer, place = decision.layer, (decision.layer.stack, decision.layer.block)
+            rows, inputs = layer.shape[0], torch.Size(layer.shape[1:]).numel()
+            blocks[place] = blocks.get(place, 0) + BLOCK_VALUE_BYTES * layer.num_parameters
+            if layer.role not in SHARED_INPUTS:
+                moments[place] = moments.get(place, 0) + 4 * inputs**2
+            # the moments in float64, their factor, and the rows with what is subtracted from them
+            solve = max(solve, (8 + 4) * inputs**2 + 16 * rows * inputs)
+        samples = min(self.samples, num_samples) * sample_bytes
+        inside = max((blocks[place] + moments.get(place, 0) for place in blocks if place[0] is not None), default=0)
+        return max(inside + solve, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with every decided layer solved, block after block."""
@@ -253,13 +279,15 @@ class Sweep:
         block = self._block_at(stack, index, list(self.walker.calls(stack, index, live)))
         # every call is found before any output is replaced
         wanted = list(self.walker.calls(stack, index, reference, gated))
-        reference.outputs = [call(block.module) for call in wanted]
+        with block.in_memory():
+            reference.outputs = [call(block.module) for call in wanted]
         block.targets = reference.outputs
         finding = self.memory.load(stack.name, index, block)
         if finding is None:
             finding = self._solve(block)
             self.memory.save(stack.name, index, block, finding)
-        live.outputs = [call(block.module) for call in block.calls]
+        with block.in_memory():
+            live.outputs = [call(block.module) for call in block.calls]
         plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
         notes = "".join(f"; {note}" for note in finding["notes"])
         seconds = time.monotonic() - began
@@ -267,7 +295,9 @@ class Sweep:
 
     def _solve(self, block: Block) -> dict[str, Any]:
         """Solve a block, compare with plain rounding on the gated samples, and fall back where that is better."""
-        before = {parameter: block.weight(parameter).clone() for parameter in block.decisions}
+        streamed = self.candidate.weights is not None  # then the values are read again
+        before = {parameter: block.weight(parameter) for parameter in block.decisions if not streamed}
+        before = {parameter: values.clone() for parameter, values in before.items()}
         gate = replace(block, calls=block.calls[:NUM_GATED], targets=block.targets[:NUM_GATED])
         plain_error = None
         plain = plain_codes(block)
@@ -275,9 +305,8 @@ class Sweep:
             for parameter, codes in plain.items():
                 self.candidate.set_quantized(parameter, codes)
             plain_error = gate.output_error()
-            for parameter, values in before.items():
-                self.candidate.module.get_parameter(parameter).copy_(values)
-                self.candidate.quantized.pop(parameter, None)
+            for parameter in plain:
+                self.candidate.unset_quantized(parameter, before.get(parameter))
         self.technique.solve(block)
         error = gate.output_error()
         if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):

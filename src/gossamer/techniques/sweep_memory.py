@@ -10,12 +10,15 @@ Without a run folder nothing is kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gossamer.models.deferred import Outline
 from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.models.roles import Stack
 from gossamer.models.walker import Output, Stream
@@ -44,24 +47,29 @@ class SweepMemory:
             save_file(_tensors(block.solved), folder / CODES)
             return {**finding, "specs": {name: codes.spec.model_dump() for name, codes in block.solved.items()}}
 
-        self.run.step("block", self._at(stack, index), build)
+        step = self.run.step("block", self._at(stack, index), build)
+        if block.candidate.weights is not None:  # what lies on disk need not stay in memory
+            self._put(block, step.folder, {name: codes.spec for name, codes in block.solved.items()})
+            block.solved.clear()
+
+    def _put(self, block: Block, folder: Path, specs: Mapping[str, QuantSpec]) -> None:
+        """Put the codes of a block's step in place: at once, or read whenever they are asked for."""
+        for parameter, spec in specs.items():
+            shape = tuple(block.candidate.module.get_parameter(parameter).shape)
+            outline = Outline(spec, shape, block.decisions[parameter].layer.transposed)
+            read = partial(_read_codes, folder / CODES, parameter, outline)
+            if block.candidate.weights is not None:
+                block.candidate.defer(parameter, outline, read)
+            else:
+                block.set_quantized(parameter, read())
 
     def load(self, stack: str, index: int, block: Block) -> dict[str, Any] | None:
         """Put the codes of a finished block in place and return what was found; None when it is not finished."""
         if self.run is None or not self.run.has("block", self._at(stack, index)):
             return None
         step = self.run.step("block", self._at(stack, index), _never)
-        tensors = load_file(step.folder / CODES)
-        for parameter, spec in step.value["specs"].items():
-            codes = Quantized(
-                codes=tensors[f"{parameter}.codes"],
-                scale=tensors[f"{parameter}.scale"],
-                zero_point=tensors.get(f"{parameter}.zero_point"),
-                spec=QuantSpec.model_validate(spec),
-                shape=tuple(block.weight(parameter).shape),
-                transposed=block.decisions[parameter].layer.transposed,
-            )
-            block.set_quantized(parameter, codes)
+        specs = {name: QuantSpec.model_validate(spec) for name, spec in step.value["specs"].items()}
+        self._put(block, step.folder, specs)
         return dict(step.value)
 
     def solved_all(self, places: Places, outside: bool) -> bool:
@@ -109,6 +117,20 @@ class SweepMemory:
     def _behind(self, places: Places, number: int) -> dict[str, Any]:
         stack, index = places[number]
         return self._at(stack.name, index)
+
+
+def _read_codes(path: Path, parameter: str, outline: Outline) -> Quantized:
+    """Return the codes of one parameter from a block's file."""
+    with safe_open(path, "pt") as file:
+        zero_point = f"{parameter}.zero_point"
+        return Quantized(
+            codes=file.get_tensor(f"{parameter}.codes"),
+            scale=file.get_tensor(f"{parameter}.scale"),
+            zero_point=file.get_tensor(zero_point) if zero_point in file.keys() else None,  # noqa: SIM118 - no mapping
+            spec=outline.spec,
+            shape=outline.shape,
+            transposed=outline.transposed,
+        )
 
 
 def _tensors(solved: Mapping[str, Quantized]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def slow_gptq(weight_OI: Tensor, second_II: Tensor, spec: QuantSpec, damping: fl
     grids = [minmax_grid(weight_OI[:, start : start + size], spec) for start in range(0, weight.shape[1], size)]
     rounded = torch.zeros_like(weight)
     for channel in channels:
-        scale, zero = (part[:, 0].double() for part in grids[channel // size])
+        scale, zero = (part[:, 0].half().double() for part in grids[channel // size])  # as scales are stored
         code = torch.clamp(torch.round(weight[:, channel] / scale) + zero, spec.low, spec.high)
         rounded[:, channel] = (code - zero) * scale
         error = (weight[:, channel] - rounded[:, channel]) / inverse[channel, channel]

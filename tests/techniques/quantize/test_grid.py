@@ -35,6 +35,7 @@ def slow_minmax(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
             top, bottom = max(0.0, *group), min(0.0, *group)
             scale = max(top / high, bottom / low) if spec.symmetric else (top - bottom) / (high - low)
             zero = 0 if spec.symmetric else min(high, max(low, round(low - bottom / scale)))
+            scale = float(torch.tensor(scale).half())  # as it is stored
             for offset, value in enumerate(group):
                 code = min(high, max(low, round(value / scale) + zero))
                 decoded[row, start + offset] = (code - zero) * scale
@@ -53,7 +54,7 @@ def test_asymmetric_8_bit_agrees_with_torch(spec: QuantSpec) -> None:
     weight = weights(2)
     ours = quantize_weight(weight, QuantSpec(bits=8, symmetric=False))
     assert ours.zero_point is not None
-    theirs = torch.quantize_per_channel(weight, ours.scale[:, 0], ours.zero_point[:, 0].long(), 0, torch.qint8)
+    theirs = torch.quantize_per_channel(weight, ours.scale[:, 0].float(), ours.zero_point[:, 0].long(), 0, torch.qint8)
     torch.testing.assert_close(ours.dequantize(), theirs.dequantize())
     assert torch.equal(ours.codes, theirs.int_repr())
 
@@ -71,7 +72,7 @@ def test_search_never_raises_the_error_and_codes_are_nearest(spec: QuantSpec) ->
     for step in (-1, 1):  # a neighbouring code is never better
         codes = (searched.codes.int() + step).clamp(spec.low, spec.high)
         zero = 0 if searched.zero_point is None else searched.zero_point.int().unsqueeze(-1)
-        moved = ((codes.reshape(groups) - zero) * searched.scale.unsqueeze(-1)).reshape(weight.shape)
+        moved = ((codes.reshape(groups) - zero) * searched.scale.float().unsqueeze(-1)).reshape(weight.shape)
         assert bool(((weight - moved).abs() >= (weight - searched.dequantize()).abs() - 1e-5).all())
 
 

@@ -7,6 +7,7 @@ are found, which is a pure function in a file of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -17,6 +18,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
 from gossamer.techniques.blockwise import Block, BlockTechnique, plain_codes, token_error
+from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
@@ -32,7 +34,7 @@ class CalibratedGrid(BlockTechnique):
     family: ClassVar[str] = "quantize"
     needs: ClassVar[Needs] = Needs(calibration_rows=MIN_SAMPLES, roles=("linear",), before=("cast",))
 
-    bits: Literal[8, 7, 4, 3, 2] = searched(4, [4, 3], "width of a weight's code")
+    bits: Literal[8, 7, 6, 5, 4, 3, 2] = searched(4, [4, 3], "width of a weight's code")
     symmetric: bool = searched(False, [False], "one grid around zero, or one with a zero point of its own")
     group_size: int | None = searched(
         64, [64, 32], "inputs that share a scale; empty = one scale for each output channel"
@@ -41,14 +43,27 @@ class CalibratedGrid(BlockTechnique):
         ("linear",), description="roles, module names, patterns with * or re:... ; what is rounded"
     )
     ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
+    bits_of: tuple[tuple[Literal[8, 7, 6, 5, 4, 3, 2], tuple[str, ...]], ...] = Field(
+        (), description="other widths for some layers: [[8, [patterns]], [3, [patterns]]]; the last match holds"
+    )
 
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return one decision for each matched layer; see `quantize`."""
-        return weight_decisions(model, self.name, self._spec(), targets=self.targets, ignore=self.ignore)
+        decisions = weight_decisions(model, self.name, self._spec(), targets=self.targets, ignore=self.ignore)
+        widths = {
+            layer.name: bits for bits, patterns in self.bits_of for layer in layers_matching(model, patterns, "bits_of")
+        }
+        return [
+            replace(decision, weight=self._spec().model_copy(update={"bits": widths[decision.layer.name]}))
+            if decision.layer.name in widths
+            else decision
+            for decision in decisions
+        ]
 
     def label(self) -> str:
         """Return the grid in a few words: `gptq int4 group 64 asymmetric`."""
-        words = [self.name, f"int{self.bits}"]
+        widths = sorted({bits for bits, _ in self.bits_of})
+        words = [self.name, f"int{self.bits}" if not widths else f"mixed int{'/'.join(map(str, widths))}"]
         if self.group_size:
             words.append(f"group {self.group_size}")
         if not self.symmetric:

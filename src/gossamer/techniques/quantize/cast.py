@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
@@ -46,20 +47,20 @@ class Cast(Technique):
         Raises TechniqueError when a finite value would become infinite in float16.
         """
         dtype = DTYPES[self.dtype]
-        with torch.no_grad():
-            for name, values in candidate.module.named_parameters():
-                if name in candidate.quantized:
-                    continue
-                rounded = values.to(dtype).to(values.dtype)
-                overflown = int((torch.isfinite(values) & ~torch.isfinite(rounded)).sum())
-                if overflown:
-                    largest = float(values.abs().max())
-                    raise TechniqueError(
-                        f"{overflown} values of {name} overflow {self.dtype}: the largest is {largest:.3g}, "
-                        f"the format ends at {torch.finfo(dtype).max:.3g}",
-                        "use cast: {dtype: bf16}",
-                    )
-                values.copy_(rounded)
+
+        def rounded(name: str, values: Tensor) -> Tensor:
+            found = values.to(dtype).to(values.dtype)
+            overflown = int((torch.isfinite(values) & ~torch.isfinite(found)).sum())
+            if overflown:
+                largest = float(values.abs().max())
+                raise TechniqueError(
+                    f"{overflown} values of {name} overflow {self.dtype}: the largest is {largest:.3g}, "
+                    f"the format ends at {torch.finfo(dtype).max:.3g}",
+                    "use cast: {dtype: bf16}",
+                )
+            return found
+
+        candidate.replace_floats(rounded)
         candidate.dtype = dtype
         candidate.applied.append(self.entry())
         return candidate

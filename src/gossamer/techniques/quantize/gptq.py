@@ -28,9 +28,11 @@ Shape suffixes: O rows, I inputs, G groups, b inputs of a block.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from gossamer.errors import TechniqueError
@@ -38,6 +40,7 @@ from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.techniques.quantize.grid import ScaleSearch, minmax_grid, mse_scale, nearest_divisor
 
 Order = Literal["none", "static"]
+ROWS_AT_A_TIME = 1024
 MAX_DAMPING_FACTOR = 1000.0  # a factorisation that fails is tried again with ten times the damping, up to here
 
 
@@ -78,7 +81,7 @@ def gptq(
     channels = torch.arange(num_inputs)
     if order == "static":
         channels = torch.argsort(diagonal_I, descending=True, stable=True)
-    factor_II = inverse_factor(second_II[channels][:, channels], damping, name)
+    factor_II = inverse_factor(second_II, damping, name, channels)
     rows_OI = weight_OI.float()[:, channels]
     grid = _grids(weight_OI.float(), spec, group_size, scale)
     codes_OI = torch.empty(num_rows, num_inputs)
@@ -103,7 +106,7 @@ def gptq(
         rows_OI[:, stop:].addmm_(errors_Ob, factor_II[start:stop, stop:], alpha=-1.0)
     return Quantized(
         codes=codes_OI.to(torch.int8),
-        scale=grid[0].contiguous(),
+        scale=grid[0].half().contiguous(),  # exact: the grids are of float16 scales
         zero_point=None if spec.symmetric else grid[1].to(torch.int8).contiguous(),
         spec=spec,
         shape=shape if shape is not None else tuple(weight_OI.shape),
@@ -111,33 +114,51 @@ def gptq(
     )
 
 
-def inverse_factor(second_II: Tensor, damping: float, name: str = "weight") -> Tensor:
+def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", channels_I: Tensor | None = None) -> Tensor:
     """Return the upper Cholesky factor U of the inverse of the damped moments, S^-1 = U^T U, float32 [I, I].
 
-    Raises TechniqueError for moments that are not finite, or not positive definite whatever the damping.
+    `channels_I` is the order in which the channels are taken (as they stand when None). Memory: the moments, one copy
+    in float64, and the result; LAPACK factors, inverts and factors again in that one copy. Raises TechniqueError for
+    moments that are not finite, or not positive definite whatever the damping.
     """
-    if not bool(torch.isfinite(second_II).all()):
+    if not bool(torch.isfinite(second_II.sum())) and not bool(torch.isfinite(second_II).all()):
         raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
+    num_inputs = len(second_II)
+    order_I = torch.arange(num_inputs) if channels_I is None else channels_I
+    diagonal_I = second_II.diagonal().double()[order_I]
+    mean = float(diagonal_I.mean()) or 1.0
+    dead_I = (diagonal_I == 0).double() * mean
+    extra = damping * mean
     # float64: two factorisations of a nearly singular matrix must agree between machines and block sizes
-    moments_II = second_II.double()
-    diagonal_I = moments_II.diagonal()
-    mean = float(diagonal_I.mean())
-    dead_I = diagonal_I == 0
-    moments_II = moments_II + torch.diag(dead_I.double() * (mean or 1.0))
-    extra = damping * (mean or 1.0)
-    while extra <= MAX_DAMPING_FACTOR * damping * (mean or 1.0):
-        lower, failed = torch.linalg.cholesky_ex(moments_II + extra * torch.eye(len(moments_II), dtype=torch.float64))
-        if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed):
-                factor: Tensor = upper.float()
-                return factor
+    work_II = torch.empty(num_inputs, num_inputs, dtype=torch.float64)
+    while extra <= MAX_DAMPING_FACTOR * damping * mean:
+        for start in range(0, num_inputs, ROWS_AT_A_TIME):
+            rows_I = order_I[start : start + ROWS_AT_A_TIME]
+            work_II[start : start + ROWS_AT_A_TIME] = second_II[rows_I][:, order_I]
+        work_II.diagonal().add_(dead_I).add_(extra)
+        if _invert_and_factor(work_II):
+            return work_II.triu_().float()
         extra *= 10
     raise TechniqueError(
         f"the second moments of the inputs of {name} are not positive definite with {damping:g} damping",
         "give more calibration rows, or raise `damping`",
     )
+
+
+def _invert_and_factor(matrix_II: Tensor) -> bool:
+    """Put the upper Cholesky factor of a symmetric matrix's inverse into its upper triangle; False when there is none.
+
+    LAPACK counts columns first: its lower triangle is our upper one, and the lower factor L of S^-1 = L L^T is U^T.
+    """
+    columns_first = matrix_II.numpy().T
+    factor = partial(lapack.dpotrf, lower=1, clean=0, overwrite_a=1)
+    invert = partial(lapack.dpotri, lower=1, overwrite_c=1)
+    for routine in (factor, invert, factor):
+        result, failed = routine(columns_first)
+        if failed:
+            return False
+        assert result.ctypes.data == columns_first.ctypes.data, "LAPACK made a copy"
+    return True
 
 
 def output_error(weight_OI: Tensor, approximate_OI: Tensor, second_II: Tensor) -> float:

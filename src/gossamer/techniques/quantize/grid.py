@@ -34,6 +34,7 @@ ScaleSearch = Literal["minmax", "mse"]
 NUM_SHRINKS = {8: 6, 7: 8, 6: 12, 5: 16, 4: 20, 3: 20, 2: 20}
 NUM_REFITS = 2
 MIN_SHRINK = {8: 0.80, 7: 0.75, 6: 0.70, 5: 0.60, 4: 0.50, 3: 0.40, 2: 0.25}
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, torch.finfo(torch.float16).max
 CHUNK_ELEMENTS = (
     1 << 18
 )  # weights treated at a time: they stay in the cache, and memory stays flat for large vocabularies
@@ -50,45 +51,42 @@ def quantize_weight(
     >>> quantize_weight(torch.eye(2), QuantSpec(bits=8)).codes.tolist()
     [[127, 0], [0, 127]]
     """
-    rows_OI = rows_of(weight.detach().float(), transposed)
-    num_inputs = rows_OI.shape[1]
+    rows_OI = rows_of(weight.detach(), transposed)
+    num_rows, num_inputs = rows_OI.shape
     group_size = spec.group_size or num_inputs
     if num_inputs % group_size:
         raise TechniqueError(
             f"group_size {group_size} does not divide in_features {num_inputs} of {name}",
             f"use group_size {nearest_divisor(num_inputs, group_size)}, or name the layer under `ignore`",
         )
-    if not bool(torch.isfinite(rows_OI).all()):
-        count = int((~torch.isfinite(rows_OI)).sum())
-        raise TechniqueError(f"{count} of {rows_OI.numel()} weights of {name} are NaN or infinite", "repair the model")
+    codes_OI = torch.empty(num_rows, num_inputs, dtype=torch.int8)
+    scale_OG = torch.empty(num_rows, num_inputs // group_size, dtype=torch.float16)
+    zero_OG = None if spec.symmetric else torch.empty_like(scale_OG, dtype=torch.int8)
     step = max(1, CHUNK_ELEMENTS // num_inputs)
-    parts = [_quantize_rows(part_OI, spec, group_size, scale) for part_OI in torch.split(rows_OI, step)]
-    codes_OI, scale_OG, zero_OG = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    for start in range(0, num_rows, step):
+        here = slice(start, start + step)
+        part_OI = rows_OI[here].float()
+        _check_finite(part_OI, rows_OI, name)
+        groups_Ng = part_OI.reshape(-1, group_size)
+        scale_N1, zero_N1 = minmax_grid(groups_Ng, spec)
+        if scale == "mse":
+            scale_N1 = mse_scale(groups_Ng, scale_N1, zero_N1, spec)
+        codes_OI[here] = encode(groups_Ng, scale_N1, zero_N1, spec).view(part_OI.shape)
+        scale_OG[here] = scale_N1.view(part_OI.shape[0], -1)
+        if zero_OG is not None:
+            zero_OG[here] = zero_N1.view(part_OI.shape[0], -1)
     return Quantized(
-        codes=codes_OI,
-        scale=scale_OG,
-        zero_point=None if spec.symmetric else zero_OG,
-        spec=spec,
-        shape=tuple(weight.shape),
-        transposed=transposed,
+        codes=codes_OI, scale=scale_OG, zero_point=zero_OG, spec=spec, shape=tuple(weight.shape), transposed=transposed
     )
 
 
-def _quantize_rows(
-    rows_OI: Tensor, spec: QuantSpec, group_size: int, search: ScaleSearch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes int8 [O, I], scale [O, G], zero point int8 [O, G]) for a few rows."""
-    groups_Ng = rows_OI.reshape(-1, group_size)
-    scale_N1, zero_N1 = minmax_grid(groups_Ng, spec)
-    if search == "mse":
-        scale_N1 = mse_scale(groups_Ng, scale_N1, zero_N1, spec)
-    codes_Ng = encode(groups_Ng, scale_N1, zero_N1, spec)
-    num_rows = rows_OI.shape[0]
-    return (
-        codes_Ng.to(torch.int8).reshape(rows_OI.shape),
-        scale_N1.reshape(num_rows, -1),
-        zero_N1.to(torch.int8).reshape(num_rows, -1),
-    )
+def _check_finite(part_OI: Tensor, rows_OI: Tensor, name: str) -> None:
+    """Raise TechniqueError when a part holds NaN or infinities, counting those of all rows."""
+    # a sum is finite only when all terms are (or when it overflows: then count)
+    if bool(torch.isfinite(part_OI.sum())):
+        return
+    if count := int((~torch.isfinite(rows_OI.float())).sum()):
+        raise TechniqueError(f"{count} of {rows_OI.numel()} weights of {name} are NaN or infinite", "repair the model")
 
 
 def minmax_grid(groups_Ng: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -100,9 +98,10 @@ def minmax_grid(groups_Ng: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     else:
         scale_N1 = (high_N1 - low_N1) / (spec.high - spec.low)
     scale_N1 = torch.where(scale_N1 > 0, scale_N1, torch.ones_like(scale_N1))  # an all-zero group keeps zero codes
+    stored_N1 = storable(scale_N1)
     if spec.symmetric:
-        return scale_N1, torch.zeros_like(scale_N1)
-    return scale_N1, torch.clamp(torch.round(spec.low - low_N1 / scale_N1), spec.low, spec.high)
+        return stored_N1, torch.zeros_like(stored_N1)
+    return stored_N1, torch.clamp(torch.round(spec.low - low_N1 / scale_N1), spec.low, spec.high)
 
 
 def mse_scale(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec) -> Tensor:
@@ -116,11 +115,27 @@ def mse_scale(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantS
             trial_N1 = scale_N1 * shrinks[attempt]
         else:
             trial_N1 = refitted(groups_Ng, best_scale, zero_N1, spec)
+        trial_N1 = storable(trial_N1)
         error = squared_error(groups_Ng, trial_N1, zero_N1, spec)
         better = error < best_error
         best_scale = torch.where(better, trial_N1, best_scale)
         best_error = torch.where(better, error, best_error)
     return best_scale
+
+
+def storable(scale: Tensor) -> Tensor:
+    """Return scales as float16 numbers (in float32), never zero. Raises TechniqueError above float16's range.
+
+    A scale is known to far less than 11 bits, and 2 bytes instead of 4 save half a bit a weight in groups of 32. It is
+    rounded before codes are chosen, so that codes fit the scale that is served.
+    """
+    largest = float(scale.max()) if scale.numel() else 0.0
+    if largest > LARGEST_SCALE:
+        raise TechniqueError(
+            f"a group of weights needs the scale {largest:.3g}, float16 ends at {LARGEST_SCALE:.5g}",
+            "the weights are out of any useful range: look at them with `gossamer inspect`",
+        )
+    return scale.clamp(min=SMALLEST_SCALE).half().float()
 
 
 def refitted(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec) -> Tensor:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from gossamer.models.quantized import Quantized, rows_of
+from gossamer.techniques.quantize.grid import storable
 
 # How far from its code a start may lie. At 0.5, on the border, the first steps toss the start's choices about: on
 # SmolLM2's second block the loss jumped from 0.002 to 0.06 and ended above GPTQ's; from 0.25 it fell by 30 %.
@@ -54,7 +55,7 @@ class _Learned:
     @classmethod
     def of(cls, weight: Tensor, start: Quantized) -> _Learned:
         rows_OI = rows_of(weight.float(), start.transposed)
-        scale_OI = start.scale.repeat_interleave(start.group_size, 1)
+        scale_OI = start.scale.float().repeat_interleave(start.group_size, 1)
         steps_OI = start.codes.float()
         if start.zero_point is not None:
             steps_OI = steps_OI - start.zero_point.float().repeat_interleave(start.group_size, 1)
@@ -70,7 +71,7 @@ class _Learned:
             position_OI=position_OI,
             shift_OI=shift_OI,
             offset_OI=torch.zeros_like(position_OI).requires_grad_(),
-            factor_OG=torch.ones_like(start.scale).requires_grad_(),
+            factor_OG=torch.ones_like(start.scale, dtype=torch.float32).requires_grad_(),
             start=start,
         )
 
@@ -102,7 +103,7 @@ class _Learned:
         """Return the codes and scales that were learned."""
         with torch.no_grad():
             codes = self.codes_OI().round().to(torch.int8)
-            return replace(self.start, codes=codes, scale=(self.start.scale * self.factor_OG).contiguous())
+            return replace(self.start, codes=codes, scale=storable(self.start.scale * self.factor_OG).half())
 
     def _zero_OI(self) -> Tensor:
         if self.start.zero_point is None:

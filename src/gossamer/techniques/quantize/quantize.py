@@ -8,6 +8,7 @@ batch norms in first, so that what is rounded is what the runtime multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
+from gossamer.models.deferred import Outline
 from gossamer.models.fold import fold_batch_norms
-from gossamer.models.quantized import ActivationSpec, QuantSpec
+from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, searched
 from gossamer.techniques.match import layers_matching
@@ -39,7 +41,7 @@ class Quantize(Technique):
     family: ClassVar[str] = "quantize"
     needs: ClassVar[Needs] = Needs(roles=("linear", "convolution", "embedding"))
 
-    bits: Literal[8, 7, 4, 3, 2] = searched(
+    bits: Literal[8, 7, 6, 5, 4, 3, 2] = searched(
         8, [8, 7, 4, 3, 2], "width of a weight's code; 7 cannot overflow on processors without int8 dot products"
     )
     symmetric: bool = searched(True, [True, False], "one grid around zero, or one with a zero point of its own")
@@ -120,25 +122,30 @@ class Quantize(Technique):
                 f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
                 "name them under `ignore` in one of the two steps",
             )
-        if any(decision.layer.kind == "conv" for decision in decisions):
+        if candidate.weights is None and any(decision.layer.kind == "conv" for decision in decisions):
             example = {name: torch.from_numpy(values) for name, values in context.example.items()}
             candidate.module, _ = fold_batch_norms(candidate.module, example, _forward_of(candidate, context))
         candidate.activations.update(self._input_grids(candidate, decisions, context))
         with context.progress.stage("rounding weights", len(decisions)) as advance:
             for decision in decisions:
                 assert decision.weight is not None
-                weight = candidate.module.get_parameter(decision.parameter)
-                codes = quantize_weight(
-                    weight,
-                    decision.weight,
-                    scale=self.scale,
-                    transposed=decision.layer.transposed,
-                    name=decision.parameter,
-                )
-                candidate.set_quantized(decision.parameter, codes)
+                shape = tuple(candidate.module.get_parameter(decision.parameter).shape)
+                outline = Outline(decision.weight, shape, decision.layer.transposed)
+                candidate.round(decision.parameter, outline, self._rule(decision))
                 advance(1)
         candidate.applied.append(self.entry())
         return candidate
+
+    def _rule(self, decision: Decision) -> Callable[[Tensor], Quantized]:
+        """Return what makes a parameter's codes from its values."""
+        assert decision.weight is not None
+        return partial(
+            quantize_weight,
+            spec=decision.weight,
+            scale=self.scale,
+            transposed=decision.layer.transposed,
+            name=decision.parameter,
+        )
 
     def _input_grids(
         self, candidate: Candidate, decisions: list[Decision], context: Context

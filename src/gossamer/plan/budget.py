@@ -1,0 +1,84 @@
+"""How much memory a run may take, and whether a model is opened whole or read piece by piece.
+
+whole        original and candidate side by side in float32, and what runs them
+piece by piece      a share of the memory for weights; the rest is for the block at hand and what solves it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gossamer.errors import RuntimeUnavailable, TechniqueError
+from gossamer.measure.machine import memory_bytes
+from gossamer.measure.memory import resident_bytes
+from gossamer.models.source import Source
+from gossamer.runtimes.base import Runtime
+from gossamer.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from gossamer.plan.job import Job
+
+WHOLE_COPIES = 2.3  # original and candidate in float32, activations and codes
+SHARE_OF_FREE = 0.9  # of what is free, when the user set no limit
+SHARE_OF_WEIGHTS = 0.15  # of the memory, for weights that are kept beside the block at hand
+LEAST_BUDGET = 32 << 20
+GIB = float(1 << 30)
+
+
+def check_fits(job: Job, steps: Sequence[Technique]) -> None:
+    """Raise TechniqueError when a step needs more memory than the user granted, naming the step and both sizes.
+
+    Only for models that are read piece by piece: one that is opened whole was found to fit.
+    """
+    if job.budget is None:
+        return
+    limit = _limit(job.memory)
+    needs = {step.label(): needed_bytes(job, step) for step in steps}
+    worst = max(needs, key=lambda label: needs[label])
+    if needs[worst] > limit:
+        raise TechniqueError(
+            f"{worst} needs about {needs[worst] / GIB:.1f} GiB for {job.source.name}; "
+            f"{limit / GIB:.1f} GiB may be used",
+            "raise --memory, give fewer or shorter calibration rows, or round without data: quantize",
+        )
+    share = f"about {needs[worst] / GIB:.1f} of {limit / GIB:.1f} GiB"
+    job.progress.say(f"{job.source.name} is read piece by piece: {share}, for {worst}")
+
+
+def needed_bytes(job: Job, step: Technique) -> int:
+    """Return about how much memory a step takes at its peak, the process and the weights that are kept included."""
+    assert job.budget is not None
+    return resident_bytes() + job.budget + step.working_bytes(job.model, len(job.calibration), _sample_bytes(job))
+
+
+def _sample_bytes(job: Job) -> int:
+    """Return what the longest calibration sample takes between two blocks, its mask included."""
+    width = max((layer.shape[-1] for layer in job.model.layers if layer.kind == "norm"), default=1)
+    tokens = max((batch.inputs[next(iter(batch.inputs))].size for batch in job.calibration), default=0)
+    return 4 * tokens * (2 * width + tokens)
+
+
+def _limit(memory: int | None) -> int:
+    """Return the bytes that may be used: what the user granted, or most of what is free."""
+    return memory if memory is not None else int(SHARE_OF_FREE * memory_bytes()[1]) + resident_bytes()
+
+
+def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int | None:
+    """Return how many bytes of weights may stay in memory, or None when the model is opened whole.
+
+    Raises RuntimeUnavailable when it does not fit and the runtime opens models whole.
+    """
+    if source.shards is None:
+        return None
+    limit = _limit(memory)
+    needed = resident_bytes() + int(WHOLE_COPIES * 4 * source.shards.num_values)
+    if needed <= limit:
+        return None
+    if not runtime.streams:
+        raise RuntimeUnavailable(
+            f"{source.name} needs about {needed / GIB:.1f} GiB to be opened whole, as {runtime.name} does; "
+            f"{limit / GIB:.1f} GiB may be used",
+            "raise --memory, or use --runtime torch, which goes through a model piece by piece",
+        )
+    return max(LEAST_BUDGET, int(SHARE_OF_WEIGHTS * (limit - resident_bytes())))

@@ -1,0 +1,114 @@
+"""Serve a Hugging Face folder of any size in bounded memory: its weights are read when a layer runs, and given back.
+
+What stock transformers opens whole is here read tensor by tensor, codes unpacked and scaled as `torch_lowering.py`
+says they lie in the file: the same numbers, but for the order of additions none. Many inputs go through block after
+block, so that each block's weights are read once for all of them.
+
+Left out: folders whose layers round their inputs too (their integer kernels are no matter of reading weights).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.errors import ArtifactError
+from gossamer.models.blocks import find_stacks
+from gossamer.models.lazy import LazyWeights
+from gossamer.models.quantized import Quantized, QuantSpec
+from gossamer.models.shards import Shards
+from gossamer.models.source import Source
+from gossamer.models.walker import Walker
+from gossamer.runtimes.base import Session
+from gossamer.runtimes.torch_lowering import unpack_codes
+from gossamer.tasks.base import Arrays, Task
+
+BYTES_OF_A_SAMPLE = 64 << 20  # room for one sample between two blocks: 512 tokens of 4,096 channels, masks, scores
+
+
+class FolderWeights:
+    """Read the parameters of a folder by name, as floats: those with codes are dequantized."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = Shards(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+        if any(group.get("input_activations") for group in groups):
+            raise ArtifactError(
+                f"{folder} rounds the inputs of layers, which cannot be served piece by piece",
+                "give it enough --memory to be opened whole",
+            )
+        self._settings: dict[str, Mapping[str, Any]] = {
+            target: group["weights"] for group in groups for target in group["targets"]
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of all parameters, as the model spells them."""
+        held = self.shards.held
+        packed = [f"{name.removesuffix('_packed')}" for name in held if name.endswith(".weight_packed")]
+        return sorted({*held, *packed})
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter's values."""
+        owner = name.removesuffix(".weight")
+        if owner == name or owner not in self._settings:
+            return self.shards.read(name)
+        return self._codes(owner).dequantize()
+
+    def _codes(self, owner: str) -> Quantized:
+        settings, held = self._settings[owner], self.shards.held
+        if f"{owner}.weight_packed" in held:
+            rows, columns = (int(size) for size in self.shards.read(f"{owner}.weight_shape"))
+            packed = self.shards.read(f"{owner}.weight_packed")
+            codes = unpack_codes(packed, settings["num_bits"], (rows, columns))
+        else:
+            codes = self.shards.read(f"{owner}.weight")
+        zero_point = None
+        if f"{owner}.weight_zero_point" in held:
+            zero_point = self.shards.read(f"{owner}.weight_zero_point")
+        return Quantized(
+            codes=codes,
+            scale=self.shards.read(f"{owner}.weight_scale").float(),
+            zero_point=zero_point,
+            spec=QuantSpec(bits=settings["num_bits"], symmetric=zero_point is None),
+            shape=tuple(codes.shape),
+        )
+
+
+class StreamedSession(Session):
+    """A model whose weights are read when they are needed; `budget` bytes of them may stay."""
+
+    def __init__(self, folder: Path, task: Task, budget: int) -> None:
+        source = Source.companions(folder)
+        weights = FolderWeights(folder)
+        self._task, self._source, self._budget = task, source, budget
+        self._module = source.empty_module(task, weights.shards, weights.names)
+        self._stacks, _ = find_stacks(self._module)
+        self._weights = LazyWeights(self._module, weights.read, budget)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Return the outputs of one batch; every weight is read once."""
+        return next(self.run_all([inputs]))
+
+    def run_all(self, batches: Sequence[Arrays]) -> Iterator[Arrays]:
+        """Yield the outputs of each batch in turn; every weight is read once for as many batches as memory holds."""
+        step = max(1, self._budget // BYTES_OF_A_SAMPLE)
+        for start in range(0, len(batches), step):
+            samples = [
+                {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in batch.items()}
+                for batch in batches[start : start + step]
+            ]
+            walker = Walker(self._module, self._forward, samples)
+            with torch.inference_mode():
+                for output in walker.outputs(self._stacks, self._weights.held):
+                    yield {self._task.output: output.float().numpy()}
+
+    def _forward(self, module: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return self._source.forward(module, inputs, self._task.output)
