@@ -134,6 +134,18 @@ def test_the_places_of_a_family_are_found_and_scaling_them_all_changes_nothing(f
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
 
 
+@pytest.mark.parametrize("family", [tiny["gpt2"], tiny["llama"], tiny["t5"]], ids=lambda family: family.__name__)
+def test_a_call_can_be_repeated(family: Callable[[], nn.Module]) -> None:
+    block, call, _ = block_and_call(grown(family()), 0, 0)
+    with torch.no_grad():
+        first, second = call(block), call(block)
+        wanted = (first, second) if isinstance(first, Tensor) else (first[0], second[0])
+        torch.testing.assert_close(*wanted, rtol=0, atol=0)
+        block.get_parameter([name for name, _ in block.named_parameters() if "bias" not in name][1]).mul_(2)
+        third = call(block)
+    assert not torch.equal(third if isinstance(third, Tensor) else third[0], wanted[0])
+
+
 def test_vit_offers_what_the_norms_in_front_feed() -> None:
     torch.manual_seed(0)
     block, call, _ = block_and_call(grown(tiny["vit"]()), 0, 1)

@@ -36,12 +36,21 @@ class Call:
 
         Caches of keys and values are left out, so that a call can be repeated.
         """
-        kwargs = {name: None if name.startswith("past_key_value") else value for name, value in self.kwargs.items()}
+        args = tuple(None if _is_cache(value) else value for value in self.args)
+        kwargs = {
+            name: None if name.startswith("past_key_value") or _is_cache(value) else value
+            for name, value in self.kwargs.items()
+        }
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if weights is None:
-            return cast("Output", block(*self.args, **kwargs))
-        return cast("Output", functional_call(block, dict(weights), self.args, kwargs))
+            return cast("Output", block(*args, **kwargs))
+        return cast("Output", functional_call(block, dict(weights), args, kwargs))
+
+
+def _is_cache(value: Any) -> bool:
+    """Say whether a call's argument gathers keys and values from call to call (GPT-2 hands it on by position)."""
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
 
 
 class _Reached(Exception):  # not an error: it carries the call out of the model's forward
