@@ -89,7 +89,12 @@ def grown(module: nn.Module) -> nn.Module:
 def block_and_call(network: nn.Module, stack: int, index: int) -> tuple[nn.Module, Call, str]:
     example = made_up_example(network)
     assert example is not None
-    run: Callable[[nn.Module, dict[str, Tensor]], Tensor] = lambda module, inputs: module(**inputs).logits
+
+    def run(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        found = module(**inputs).logits
+        assert isinstance(found, Tensor)
+        return found
+
     model = map_model(network, example, run)
     walker, stream = Walker(network, run, [example]), Stream()
     with torch.no_grad():

@@ -151,9 +151,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 Kinds = Mapping[str, tuple[Any, bool]]
 
 
-def _proposals(
-    block: nn.Module, layers: Mapping[str, nn.Module], kinds: Kinds, flow: Flow
-) -> Iterator[list[Scaling]]:
+def _proposals(block: nn.Module, layers: Mapping[str, nn.Module], kinds: Kinds, flow: Flow) -> Iterator[list[Scaling]]:
     """Yield for each place what may be exact there: the first option that is will be taken."""
     linears = [name for name in layers if kinds[name][0] == "linear"]
     for norm in (name for name in layers if kinds[name][0] == "norm"):
@@ -163,7 +161,9 @@ def _proposals(
             if name in flow.feeds and flow.feeds[name].layers == {norm} and flow.feeds[name].steps == 0
         ]
         width = layers[norm].get_parameter("weight").numel()
-        if readers and all(_num_inputs(layers[name], kinds[name]) == width for name in readers):
+        # an expert that this call did not reach may read the norm in another
+        idle = [name for name in linears if name not in flow.feeds and _num_inputs(layers[name], kinds[name]) == width]
+        if readers and not idle and all(_num_inputs(layers[name], kinds[name]) == width for name in readers):
             plain = _place(layers, kinds, norm, readers, range(width))
             yield [plain, _place(layers, kinds, norm, readers, range(width), offset=1.0)]
     for name in linears:

@@ -102,6 +102,8 @@ class Block:
     passes: Callable[[], Iterator[Any]]
     seed: int = 0
     solved: dict[str, Quantized] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
     notes: list[str] = field(default_factory=list)
 
     def moments(self) -> dict[str, Moments]:
@@ -125,6 +127,22 @@ class Block:
         """Put codes in place of a parameter."""
         self.solved[parameter] = codes
         self.candidate.set_quantized(parameter, codes)
+
+    def set_weight(self, parameter: str, values: Tensor) -> None:
+        """Put other plain values in place of a parameter, one that is not rounded here (a norm) or not yet."""
+        target = self.candidate.module.get_parameter(parameter)
+        self.replaced.setdefault(parameter, target.detach().clone())
+        self.weights[parameter] = values.detach().to(target.dtype).clone()
+        with torch.no_grad():
+            target.copy_(self.weights[parameter])
+
+    def restore_weights(self) -> None:
+        """Put back every value that `set_weight` replaced."""
+        with torch.no_grad():
+            for parameter, values in self.replaced.items():
+                self.candidate.module.get_parameter(parameter).copy_(values)
+        self.weights.clear()
+        self.replaced.clear()
 
     def output_error(self) -> float:
         """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`)."""
@@ -158,7 +176,7 @@ class BlockTechnique(Technique):
 
     @abstractmethod
     def solve(self, block: Block) -> None:
-        """Replace the decided parameters of a block, by `block.set_quantized`.
+        """Replace the decided parameters of a block by `block.set_quantized`, others by `block.set_weight`.
 
         Layers outside of all blocks come last, as one Block without calls and targets.
         """
@@ -311,6 +329,7 @@ class Sweep:
         error = gate.output_error()
         if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):
             block.notes.append(f"{self.technique.name} gave {error:.2e}, so it was rounded plainly")
+            block.restore_weights()
             for parameter, codes in plain.items():
                 block.set_quantized(parameter, codes)
             error = plain_error

@@ -1,6 +1,6 @@
 """What a sweep keeps in the run folder, so that a killed run goes on behind the last finished block, bytes the same.
 
-    block step      the codes of one block, kept
+    block step      the codes of one block and the plain weights that were changed in it, kept
     stream step     the calibration samples as they are behind that block, verbatim; the one before it is removed
 
 Both are content-addressed by everything that they depend on: model, rows, settings, the steps applied before, the code.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gossamer.techniques.blockwise import Block
 
 CODES, STREAMS = "codes.safetensors", "streams.safetensors"
+WEIGHT_VALUES = ".weight-values"
 Places = Sequence[tuple[Stack, int]]
 
 
@@ -39,32 +40,39 @@ class SweepMemory:
         self.inputs = inputs
 
     def save(self, stack: str, index: int, block: Block, finding: Mapping[str, Any]) -> None:
-        """Keep the codes of a solved block, with what was found."""
+        """Keep the codes and changed weights of a solved block, with what was found."""
         if self.run is None:
             return
 
         def build(folder: Path) -> dict[str, Any]:
-            save_file(_tensors(block.solved), folder / CODES)
+            save_file(_tensors(block.solved) | _plain(block), folder / CODES)
             return {**finding, "specs": {name: codes.spec.model_dump() for name, codes in block.solved.items()}}
 
         step = self.run.step("block", self._at(stack, index), build)
         if block.candidate.weights is not None:  # what lies on disk need not stay in memory
             self._put(block, step.folder, {name: codes.spec for name, codes in block.solved.items()})
             block.solved.clear()
+            block.weights.clear()
+            block.replaced.clear()
 
     def _put(self, block: Block, folder: Path, specs: Mapping[str, QuantSpec]) -> None:
-        """Put the codes of a block's step in place: at once, or read whenever they are asked for."""
+        """Put a block's changed weights and its codes in place: at once, or read whenever they are asked for."""
+        path = folder / CODES
+        with safe_open(path, "pt") as file:
+            plain = [name for name in file.keys() if name.endswith(WEIGHT_VALUES)]  # noqa: SIM118 - no mapping
+        for name in plain:
+            block.candidate.put_weight(name.removesuffix(WEIGHT_VALUES), partial(_read_tensor, path, name))
         for parameter, spec in specs.items():
             shape = tuple(block.candidate.module.get_parameter(parameter).shape)
             outline = Outline(spec, shape, block.decisions[parameter].layer.transposed)
-            read = partial(_read_codes, folder / CODES, parameter, outline)
+            read = partial(_read_codes, path, parameter, outline)
             if block.candidate.weights is not None:
                 block.candidate.defer(parameter, outline, read)
             else:
                 block.set_quantized(parameter, read())
 
     def load(self, stack: str, index: int, block: Block) -> dict[str, Any] | None:
-        """Put the codes of a finished block in place and return what was found; None when it is not finished."""
+        """Put a finished block's codes and weights in place, return what was found; None when it is not finished."""
         if self.run is None or not self.run.has("block", self._at(stack, index)):
             return None
         step = self.run.step("block", self._at(stack, index), _never)
@@ -119,6 +127,12 @@ class SweepMemory:
         return self._at(stack.name, index)
 
 
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        values: Tensor = file.get_tensor(name)
+        return values
+
+
 def _read_codes(path: Path, parameter: str, outline: Outline) -> Quantized:
     """Return the codes of one parameter from a block's file."""
     with safe_open(path, "pt") as file:
@@ -140,6 +154,12 @@ def _tensors(solved: Mapping[str, Quantized]) -> dict[str, Tensor]:
         if codes.zero_point is not None:
             tensors[f"{parameter}.zero_point"] = codes.zero_point
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _plain(block: Block) -> dict[str, Tensor]:
+    """Return the plain weights that were changed, but for those that codes have replaced since."""
+    kept = {name: values for name, values in block.weights.items() if name not in block.solved}
+    return {f"{name}{WEIGHT_VALUES}": values.contiguous() for name, values in kept.items()}
 
 
 def _named(live: Stream, reference: Stream) -> tuple[tuple[str, Stream], ...]:

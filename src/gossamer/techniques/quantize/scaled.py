@@ -1,0 +1,203 @@
+"""The techniques that move difficulty between tensors: `awq` before it rounds weights, `smooth` before 8-bit inputs.
+
+Both take the places of a block where scaling is exact (`models/scalings.py`), find factors from the moments of what is
+read there (pure functions, `awq.py` and `smooth.py`), and put the scaled values into the model: the artifact is an
+ordinary model of the same architecture, norms included. A block without any such place is only rounded (`awq`), or
+left as it is (`smooth`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.errors import RecipeError
+from gossamer.models.quantized import QuantSpec, rows_of
+from gossamer.models.roles import ModelMap
+from gossamer.models.scalings import Scaling, find_scalings, scaled_weights
+from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.match import layers_matching
+from gossamer.techniques.quantize.awq import (
+    NUM_EXPONENTS,
+    Clip,
+    Factors,
+    Reader,
+    awq_factors,
+    round_clipped,
+    scaled_moments,
+)
+from gossamer.techniques.quantize.calibrated import MIN_SAMPLES, CalibratedGrid
+from gossamer.techniques.quantize.gptq import gptq
+from gossamer.techniques.quantize.grid import quantize_weight
+from gossamer.techniques.quantize.moments import Moments
+from gossamer.techniques.quantize.smooth import smooth_factors
+
+
+class Awq(CalibratedGrid):
+    """Enlarge the columns that meet large activations, clip each group as far as the layer's output gains, then round.
+
+    In a recipe: `- awq: {bits: 4, group_size: 64}`. Lin et al., "AWQ", 2023; the searches are in `awq.py`. With
+    `round: gptq` the scaled weights are rounded by GPTQ, which takes its grids from them and does not clip.
+    """
+
+    name: ClassVar[str] = "awq"
+
+    round: Literal["nearest", "gptq"] = Field("nearest", description="what rounds the scaled weights")
+    clip: Clip = Field(
+        "full",
+        description="how grids are clipped when rounding to the nearest: not at all, by the error of the weights, "
+        "or by that of the output with the diagonal or all of the second moments",
+    )
+    exponents: int = Field(NUM_EXPONENTS, ge=0, description="exponents tried for each place; 0 = no scaling")
+
+    def solve(self, block: Block) -> None:
+        """Scale every place that has a rounded reader, then round each layer by the moments that it sees then."""
+        moments = {name: seen for name, seen in block.moments().items() if seen.num_tokens}
+        specs = {name: decision.weight for name, decision in block.decisions.items() if decision.weight is not None}
+        factors: dict[str, Tensor] = {}
+        if self.exponents:
+            for place in places(block):
+                found = self._search(block, place, moments, specs)
+                if found is not None and found.exponent:
+                    put_scaling(block, place, found.factors_I)
+                    factors |= {f"{block.name}.{name}": found.factors_I for name in place.consumers}
+        for parameter, spec in specs.items():
+            seen, transposed = moments.get(parameter), block.decisions[parameter].layer.transposed
+            weight = block.weight(parameter)
+            if seen is None:
+                block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
+                codes = quantize_weight(weight, spec, scale="mse", transposed=transposed, name=parameter)
+                block.set_quantized(parameter, codes)
+                continue
+            second_II = seen.second_II
+            if parameter in factors:
+                second_II = scaled_moments(second_II, factors[parameter])
+            if self.round == "nearest":
+                codes = round_clipped(weight, second_II, spec, clip=self.clip, transposed=transposed, name=parameter)
+            else:
+                codes = gptq(
+                    rows_of(weight, transposed),
+                    second_II,
+                    spec,
+                    transposed=transposed,
+                    shape=tuple(weight.shape),
+                    name=parameter,
+                )
+            block.set_quantized(parameter, codes)
+
+    def _search(
+        self, block: Block, place: Scaling, moments: Mapping[str, Moments], specs: Mapping[str, QuantSpec]
+    ) -> Factors | None:
+        """Return the factors of a place, or None where nothing that reads it is rounded."""
+        seen, readers = readers_of(block, place, moments, specs)
+        if not readers:
+            return None
+        tokens_N1 = torch.tensor([[part.num_tokens] for part in seen])
+        means_NI = torch.stack([part.mean_abs_I for part in seen])
+        mean_abs_I = (means_NI * tokens_N1).sum(0) / tokens_N1.sum()
+        return awq_factors(mean_abs_I, readers, shared=place.shared, num_exponents=self.exponents)
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: `gptq` fills the same place among the planner's candidates."""
+        yield from ()
+
+
+class Smooth(BlockTechnique):
+    """Divide activation channels with outliers by factors that the weights take up, before both are rounded to 8 bits.
+
+    In a recipe it stands before the step that rounds: `- smooth` and `- quantize: {activations: dynamic}`. Nothing is
+    rounded here, and what the model computes stays the same. Xiao et al., "SmoothQuant", 2022; see `smooth.py`.
+    """
+
+    name: ClassVar[str] = "smooth"
+    family: ClassVar[str] = "quantize"
+    needs: ClassVar[Needs] = Needs(
+        calibration_rows=MIN_SAMPLES,
+        roles=("linear",),
+        before=("quantize", "gptq", "learned_rounding", "awq", "cast"),
+    )
+
+    bits: Literal[8, 7] = Field(8, description="width of the codes that the weights will get")
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="how much of the activations' range moves into weights; empty = found by place"
+    )
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="roles, module names, patterns with * or re:... ; readers whose inputs are smoothed"
+    )
+    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; readers that are left out")
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return one decision for each linear layer inside a block; only some of them can be smoothed."""
+        ignored = {layer.name for layer in layers_matching(model, self.ignore, "ignore")} if self.ignore else set()
+        decisions = [
+            Decision(parameter=layer.tied_to or f"{layer.name}.weight", layer=layer)
+            for layer in layers_matching(model, self.targets, "targets")
+            if layer.kind == "linear" and layer.stack is not None and layer.name not in ignored
+        ]
+        if not decisions:
+            raise RecipeError(
+                f"{self.name} matches no linear layer inside a block: targets {list(self.targets)}",
+                "loosen `targets` or `ignore`",
+            )
+        return decisions
+
+    def solve(self, block: Block) -> None:
+        """Scale each place by the factors with the least predicted error of its readers."""
+        moments = {name: seen for name, seen in block.moments().items() if seen.num_tokens}
+        spec = QuantSpec(bits=self.bits)
+        for place in places(block):
+            seen, readers = readers_of(block, place, moments, dict.fromkeys(block.decisions, spec))
+            if len(readers) < len(place.consumers):
+                continue  # one that is left out would get another input
+            max_abs_I = seen[0].max_abs_I
+            for part in seen[1:]:
+                max_abs_I = max_abs_I.maximum(part.max_abs_I)
+            found = smooth_factors(max_abs_I, readers, shared=place.shared, alpha=self.alpha)
+            if found.error < found.plain_error or self.alpha is not None:
+                put_scaling(block, place, found.factors_I)
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: it is carried out where a recipe asks for it."""
+        yield from ()
+
+
+def places(block: Block) -> list[Scaling]:
+    """Return where a block may be scaled: nowhere that a parameter is shared, rounded already, or cannot be tried."""
+    if not block.calls:
+        return []
+    names = Counter(id(values) for _, values in block.candidate.module.named_parameters(remove_duplicate=False))
+
+    def free(name: str) -> bool:
+        alone = names[id(block.module.get_parameter(name))] == 1
+        return alone and f"{block.name}.{name}" not in block.candidate.quantized
+
+    found = find_scalings(block.module, block.calls[0])
+    return [place for place in found if all(free(name) for name in (*place.producers, *place.consumers))]
+
+
+def put_scaling(block: Block, place: Scaling, factors_I: Tensor) -> None:
+    """Put a place's scaled values into the model, for the sweep to remember."""
+    for name, values in scaled_weights(block.module, place, factors_I).items():
+        block.set_weight(f"{block.name}.{name}", values)
+
+
+def readers_of(
+    block: Block, place: Scaling, moments: Mapping[str, Moments], specs: Mapping[str, QuantSpec]
+) -> tuple[list[Moments], list[Reader]]:
+    """Return the moments and the readers of a place, of those consumers that are rounded and were reached."""
+    seen, readers = [], []
+    for name in place.consumers:
+        full = f"{block.name}.{name}"
+        if full in specs and full in moments:
+            rows_OI = rows_of(block.weight(full), name in place.turned)
+            seen.append(moments[full])
+            readers.append(Reader(rows_OI, moments[full].second_II, specs[full]))
+    return seen, readers
