@@ -21,7 +21,8 @@ output gains. With d the error of a group's weights in one row and p = D S, all 
     diagonal    d diag(S_gg) d^T                           each weight by the power of its own input
     full        d S_gg d^T and what it changes in other groups: 2 (d' - d) p_g, group after group, p kept up to date
 
-so with `full` every change lowers the exact error of the layer's output. The paper leaves out queries and keys; with
+so with `full` every change lowers the exact error of the layer's output. It starts, row by row, from the better of no
+clipping and the diagonal's, and goes over the groups NUM_PASSES times: its error is never above either's. The paper leaves out queries and keys; with
 the layers' own errors there is no reason to. Shrinking keeps zero points.
 
 Behind a scaling the same layer sees x / f: S' = S / (f f^T), which is all that another solver (GPTQ) needs to go on.
@@ -52,6 +53,7 @@ Clip = Literal["none", "weights", "diagonal", "full"]
 
 NUM_EXPONENTS = 20
 SMALLEST_MEAN = 1e-4  # of the largest: a dead channel must not take the whole range of factors
+NUM_PASSES = 2
 CHUNK_ROWS = 4096  # rows are clipped one by one: memory stays flat for large vocabularies
 
 
@@ -146,11 +148,11 @@ def round_clipped(
     if clip in ("none", "weights"):
         return start
     rows_OI = (weight.t() if transposed else weight.flatten(1)).detach().float()
-    moments_II = second_II.float() if clip == "full" else torch.diag(second_II.diagonal().float())
     scale_OG = start.scale.clone()
     zero_OG = start.zero_point.float() if start.zero_point is not None else torch.zeros_like(scale_OG)
     for rows in torch.split(torch.arange(len(rows_OI)), CHUNK_ROWS):
-        scale_OG[rows] = clipped_scale(rows_OI[rows], scale_OG[rows], zero_OG[rows], spec, moments_II)
+        part = rows_OI[rows], start.scale[rows], zero_OG[rows]
+        scale_OG[rows] = _diagonal(*part, spec, second_II) if clip == "diagonal" else _full(*part, spec, second_II)
     codes_OGg = encode(
         rows_OI.reshape(*scale_OG.shape, start.group_size), scale_OG.unsqueeze(-1), zero_OG.unsqueeze(-1), spec
     )
@@ -164,37 +166,55 @@ def round_clipped(
     )
 
 
-def clipped_scale(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor) -> Tensor:
-    """Return scales [O, G], each the given one or a smaller one, that lower the error D S D^T of every row.
+def clipped_scale(
+    weight_OI: Tensor, widest_OG: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor
+) -> Tensor:
+    """Return scales [O, G], each that of `scale_OG` or a share of the widest, that lower the error D S D^T of every row.
 
     Groups are taken in order, each with all others as they are by then.
     """
-    num_groups = scale_OG.shape[1]
-    group_size = weight_OI.shape[1] // num_groups
-    shrinks = torch.linspace(1.0, MIN_SHRINK[spec.bits], NUM_SHRINKS[spec.bits]).tolist()[1:]
-    wide = (*scale_OG.shape, group_size)
-    nearest_OI = _decoded(weight_OI.reshape(wide), scale_OG.unsqueeze(-1), zero_OG.unsqueeze(-1), spec).flatten(1)
-    error_OI = weight_OI - nearest_OI
+    group_size = weight_OI.shape[1] // scale_OG.shape[1]
+    shrinks = torch.linspace(1.0, MIN_SHRINK[spec.bits], NUM_SHRINKS[spec.bits]).tolist()
+    error_OI = rounding_error(weight_OI, scale_OG, zero_OG, spec)
     against_OI = error_OI @ second_II
     found_OG = scale_OG.clone()
-    for group in range(num_groups):
-        here = slice(group * group_size, (group + 1) * group_size)
+    for group in range(scale_OG.shape[1]):
+        here, only = slice(group * group_size, (group + 1) * group_size), slice(group, group + 1)
         block_gg, weight_Og, error_Og = second_II[here, here], weight_OI[:, here], error_OI[:, here]
         best_change_O1 = torch.zeros(len(weight_OI), 1)
         best_move_Og = torch.zeros_like(error_Og)
         for shrink in shrinks:
-            trial_O1 = scale_OG[:, group : group + 1] * shrink
-            move_Og = weight_Og - _decoded(weight_Og, trial_O1, zero_OG[:, group : group + 1], spec) - error_Og
+            trial_O1 = widest_OG[:, only] * shrink
+            move_Og = rounding_error(weight_Og, trial_O1, zero_OG[:, only], spec) - error_Og
             change_O1 = ((move_Og @ block_gg + 2 * against_OI[:, here]) * move_Og).sum(1, keepdim=True)
             better_O1 = change_O1 < best_change_O1
             best_change_O1 = torch.where(better_O1, change_O1, best_change_O1)
             best_move_Og = torch.where(better_O1, move_Og, best_move_Og)
-            found_OG[:, group : group + 1] = torch.where(better_O1, trial_O1, found_OG[:, group : group + 1])
+            found_OG[:, only] = torch.where(better_O1, trial_O1, found_OG[:, only])
         error_OI[:, here] += best_move_Og
         against_OI.addmm_(best_move_Og, second_II[here])
     return found_OG
 
 
-def _decoded(weight: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the nearest values on the grid."""
-    return (encode(weight, scale, zero, spec) - zero) * scale
+def rounding_error(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the weights less the nearest values on their grids, [O, I]."""
+    groups_OGg = weight_OI.reshape(*scale_OG.shape, -1)
+    scale_OG1, zero_OG1 = scale_OG.unsqueeze(-1), zero_OG.unsqueeze(-1)
+    return (groups_OGg - (encode(groups_OGg, scale_OG1, zero_OG1, spec) - zero_OG1) * scale_OG1).reshape_as(weight_OI)
+
+
+def _diagonal(weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor) -> Tensor:
+    """Return scales clipped by the diagonal of the moments."""
+    alone_II = torch.diag(second_II.diagonal())
+    return clipped_scale(weight_OI, widest_OG, widest_OG, zero_OG, spec, alone_II)
+
+
+def _full(weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor) -> Tensor:
+    """Return scales clipped by all moments, from the better start of each row."""
+    starts = (widest_OG, _diagonal(weight_OI, widest_OG, zero_OG, spec, second_II))
+    errors_OI = [rounding_error(weight_OI, start, zero_OG, spec) for start in starts]
+    plain_O1, diagonal_O1 = (((error @ second_II) * error).sum(1, keepdim=True) for error in errors_OI)
+    scale_OG = torch.where(diagonal_O1 < plain_O1, starts[1], starts[0])
+    for _ in range(NUM_PASSES):
+        scale_OG = clipped_scale(weight_OI, widest_OG, scale_OG, zero_OG, spec, second_II)
+    return scale_OG
