@@ -22,8 +22,8 @@ output gains. With d the error of a group's weights in one row and p = D S, all 
     full        d S_gg d^T and what it changes in other groups: 2 (d' - d) p_g, group after group, p kept up to date
 
 so with `full` every change lowers the exact error of the layer's output. It starts, row by row, from the better of no
-clipping and the diagonal's, and goes over the groups NUM_PASSES times: its error is never above either's. The paper leaves out queries and keys; with
-the layers' own errors there is no reason to. Shrinking keeps zero points.
+clipping and the diagonal's, and goes over the groups NUM_PASSES times: its error is never above either's. The paper
+leaves out queries and keys; with the layers' own errors there is no reason to. Shrinking keeps zero points.
 
 Behind a scaling the same layer sees x / f: S' = S / (f f^T), which is all that another solver (GPTQ) needs to go on.
 
@@ -169,7 +169,7 @@ def round_clipped(
 def clipped_scale(
     weight_OI: Tensor, widest_OG: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor
 ) -> Tensor:
-    """Return scales [O, G], each that of `scale_OG` or a share of the widest, that lower the error D S D^T of every row.
+    """Return scales [O, G], each that of `scale_OG` or a share of the widest, that lower every row's error D S D^T.
 
     Groups are taken in order, each with all others as they are by then.
     """
