@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,6 @@ def test_a_shared_parameter_is_not_scaled() -> None:
 
 
 def test_an_interrupted_run_ends_with_the_same_norms_and_codes(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     class Stopping(Awq):
         def solve(self, block: Block) -> None:
             if block.name == "model.layers.1":

@@ -111,11 +111,13 @@ def find_residual(
     leaves = {name: part for name, part in module.named_modules() if isinstance(part._parameters.get("weight"), Tensor)}
     kinds = {name: layer_kind(part) for name, part in leaves.items()}
     flow = follow(module, leaves, example, forward)
-    of_kind = lambda kind: {name for name in leaves if kinds[name][0] == kind}  # noqa: E731
-    linears, embeddings = of_kind("linear"), of_kind("embedding")
+    linears, embeddings, normal = (
+        {name for name in leaves if kinds[name][0] == kind} for kind in ("linear", "embedding", "norm")
+    )
     if idle := sorted(name for name in linears if name not in flow.feeds):
         raise TechniqueError(f"the example does not reach {len(idle)} linear layers: {', '.join(idle[:3])}", LEAVE_OUT)
-    norms = [name for name in leaves if name in of_kind("norm") and flow.feeds[name].layers & embeddings]
+    reached = [name for name in leaves if name in normal and name in flow.feeds]
+    norms = [name for name in reached if flow.feeds[name].layers & embeddings]
     feeders = frozenset().union(*(flow.feeds[name].layers for name in norms))
     if not norms:
         raise TechniqueError("no norm reads a sum that an embedding begins", LEAVE_OUT)
