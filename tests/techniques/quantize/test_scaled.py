@@ -25,6 +25,7 @@ tiny = runpy.run_path(str(Path(__file__).parent / "test_calibrated.py"))
 GRID, llama, bert, opened, distance, logits = (
     tiny[name] for name in ("GRID", "llama", "bert", "opened", "distance", "logits")
 )
+FEW: dict[str, Any] = {**GRID, "samples": 8, "exponents": 8}
 
 
 def loud(build: Any = llama) -> nn.Module:
@@ -39,22 +40,22 @@ def loud(build: Any = llama) -> nn.Module:
 
 def test_scaling_and_clipping_each_bring_the_model_nearer() -> None:
     plain = distance(Quantize(**GRID), loud())
-    scaled = distance(Awq(**GRID, clip="weights"), loud())
-    both = distance(Awq(**GRID), loud())
+    scaled = distance(Awq(**FEW, clip="weights"), loud())
+    both = distance(Awq(**FEW), loud())
     assert scaled < 0.9 * plain
     assert both < scaled
 
 
-@pytest.mark.parametrize("step", [Awq(**GRID), Awq(**GRID, round="gptq")], ids=["nearest", "gptq"])
+@pytest.mark.parametrize("step", [Awq(**FEW), Awq(**FEW, round="gptq")], ids=["nearest", "gptq"])
 def test_a_model_with_norms_behind_the_sums_is_rounded_too(step: Awq) -> None:
     assert distance(step, bert()) < distance(Quantize(**GRID), bert())
 
 
 def test_without_scaling_gptq_behind_it_is_gptq() -> None:
     candidate, model, context = opened(loud())
-    found = Awq(**GRID, round="gptq", exponents=0).apply(candidate, model, context)
+    found = Awq(**GRID, samples=8, round="gptq", exponents=0).apply(candidate, model, context)
     candidate, model, context = opened(loud())
-    wanted = Gptq(**GRID).apply(candidate, model, context)
+    wanted = Gptq(**GRID, samples=8).apply(candidate, model, context)
     assert found.quantized.keys() == wanted.quantized.keys()
     assert all(torch.equal(found.quantized[name].codes, wanted.quantized[name].codes) for name in found.quantized)
 
@@ -62,7 +63,7 @@ def test_without_scaling_gptq_behind_it_is_gptq() -> None:
 def test_the_norms_of_an_awq_model_are_divided_and_no_one_else_s_weights_change() -> None:
     candidate, model, context = opened(loud())
     before = {name: values.clone() for name, values in candidate.module.named_parameters()}
-    found = Awq(**GRID).apply(candidate, model, context)
+    found = Awq(**FEW).apply(candidate, model, context)
     changed = {name for name, values in found.module.named_parameters() if not torch.equal(values, before[name])}
     assert "model.layers.0.input_layernorm.weight" in changed
     assert {name for name in changed if "norm" not in name} == set(found.quantized)
@@ -73,7 +74,7 @@ def test_smoothing_alone_changes_nothing_that_the_model_computes() -> None:
     network = loud()
     candidate, model, context = opened(network)
     before = {name: values.clone() for name, values in candidate.module.named_parameters()}
-    found = Smooth(alpha=0.5).apply(candidate, model, context)
+    found = Smooth(alpha=0.5, samples=8).apply(candidate, model, context)
     assert not found.quantized
     changed = {name for name, values in found.module.named_parameters() if not torch.equal(values, before[name])}
     assert len([name for name in changed if "norm" in name]) == 4
@@ -95,7 +96,7 @@ def rounded_distance(first: Technique | None) -> float:
 
 
 def test_8_bit_inputs_gain_from_smoothing() -> None:
-    assert rounded_distance(Smooth()) < 0.7 * rounded_distance(None)
+    assert rounded_distance(Smooth(samples=8)) < 0.7 * rounded_distance(None)
 
 
 def test_a_shared_parameter_is_not_scaled() -> None:
@@ -104,7 +105,7 @@ def test_a_shared_parameter_is_not_scaled() -> None:
     second.input_layernorm.weight = first.input_layernorm.weight
     candidate, model, context = opened(network)
     before = first.input_layernorm.weight.detach().clone()
-    found = Smooth(alpha=0.5).apply(candidate, model, context).module
+    found = Smooth(alpha=0.5, samples=8).apply(candidate, model, context).module
     assert torch.equal(found.model.layers[0].input_layernorm.weight, before)
     assert not torch.equal(found.model.layers[0].post_attention_layernorm.weight, before)
 
@@ -121,7 +122,7 @@ def test_an_interrupted_run_ends_with_the_same_norms_and_codes(tmp_path: Path) -
         return step.apply(candidate, model, replace(context, run=run, identity={"of": "test"}))
 
     with Run(tmp_path / "run", {"verb": "test"}) as run, pytest.raises(KeyboardInterrupt):
-        applied(Stopping(**GRID), run)
+        applied(Stopping(**FEW), run)
     solved: list[str] = []
 
     class Noting(Awq):
@@ -130,11 +131,11 @@ def test_an_interrupted_run_ends_with_the_same_norms_and_codes(tmp_path: Path) -
             super().solve(block)
 
     with Run(tmp_path / "run", {"verb": "test"}) as run:
-        resumed = applied(Noting(**GRID), run)
+        resumed = applied(Noting(**FEW), run)
     assert solved[0] == "model.layers.1"
     with Run(tmp_path / "run", {"verb": "test"}) as run:
-        remembered = applied(Stopping(**GRID), run)
-    straight = applied(Awq(**GRID), None)
+        remembered = applied(Stopping(**FEW), run)
+    straight = applied(Awq(**FEW), None)
     for found in (resumed, remembered):
         ours, theirs = dict(found.module.named_parameters()), dict(straight.module.named_parameters())
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -151,7 +152,7 @@ def test_a_block_that_comes_out_worse_gets_its_norms_back() -> None:
 
     network = loud()
     candidate, model, context = opened(network)
-    found = Spoiling(**GRID, ignore=("head",)).apply(candidate, model, context)
+    found = Spoiling(**FEW, ignore=("head",)).apply(candidate, model, context)
     candidate, model, context = opened(network)
     plain = Quantize(**GRID, ignore=("head",)).apply(candidate, model, context)
     for name, values in plain.module.named_parameters():

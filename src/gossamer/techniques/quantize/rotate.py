@@ -55,7 +55,7 @@ class Residual:
 class Rotate(Technique):
     """Rotate the residual stream by a random Hadamard matrix, fused into the weights; the function stays the same.
 
-    In a recipe it stands before the step that rounds: `- rotate` and `- gptq: {bits: 4}`. For pre-norm models with
+    In a recipe it stands before the step that rounds: `- rotate: {}` and `- gptq: {bits: 4}`. For pre-norm models with
     RMSNorms (Llama and its kin) whose head has a weight of its own. Ashkboos et al., "QuaRot", 2024, stage 1.
     """
 
