@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context, Decision, Needs, SearchSpace
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import (
     Block,
     BlockTechnique,
@@ -37,6 +37,7 @@ from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.layers import weight_decisions
 from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.quantize.scaled import Awq, Smooth
 from gossamer.techniques.sweep_memory import SweepMemory
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "models" / "test_structure.py"))["FAMILIES"]
@@ -294,24 +295,32 @@ def on_disk(folder: Path, run: Run | None = None, *, streamed: bool) -> tuple[Ca
 
 
 STEPS = [Gptq(bits=4, group_size=16), Quantize(targets=("embedding",)), Cast(dtype="bf16")]
+SCALED = [Smooth(), Awq(bits=3, group_size=16), Cast(dtype="bf16")]
 
 
-def carried_out(candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
-    for step in STEPS:
+def carried_out(
+    candidate: Candidate, model: ModelMap, context: Context, steps: Sequence[Technique] = STEPS
+) -> Candidate:
+    for step in steps:
         candidate = step.apply(candidate, model, context)
     return candidate
 
 
 @pytest.mark.parametrize("remembered", [False, True])
-def test_a_model_that_is_read_piece_by_piece_gets_the_same_codes(tmp_path: Path, remembered: bool) -> None:
-    whole = carried_out(*on_disk(tmp_path / "model", streamed=False))
+@pytest.mark.parametrize("steps", [STEPS, SCALED], ids=["gptq", "awq"])
+def test_a_model_that_is_read_piece_by_piece_gets_the_same_codes(
+    tmp_path: Path, steps: Sequence[Technique], remembered: bool
+) -> None:
+    whole = carried_out(*on_disk(tmp_path / "model", streamed=False), steps)
     if remembered:
         with Run(tmp_path / "run", {"verb": "test"}) as run:
-            streamed = carried_out(*on_disk(tmp_path / "model", run, streamed=True))
+            streamed = carried_out(*on_disk(tmp_path / "model", run, streamed=True), steps)
             assert same(streamed, whole)
-        assert len(list((tmp_path / "run" / "steps").glob("block-*"))) == 5  # four blocks, and the head
+        sweeps = sum(isinstance(step, BlockTechnique) for step in steps)
+        folders = list((tmp_path / "run" / "steps").glob("block-*"))
+        assert len(folders) == 4 * sweeps + 1  # four blocks each, and the head
     else:
-        streamed = carried_out(*on_disk(tmp_path / "model", streamed=True))
+        streamed = carried_out(*on_disk(tmp_path / "model", streamed=True), steps)
         assert same(streamed, whole)
     assert streamed.weights is not None
     assert streamed.weights.loaded_bytes == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ class Candidate:
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
     weights: LazyWeights | None = None
     read: Callable[[str], Tensor] | None = None
+    replaced: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # plain values of a streamed candidate
 
     @classmethod
     def streamed(cls, source: Source, module: nn.Module, read: Callable[[str], Tensor], budget: int) -> Candidate:
@@ -51,7 +53,12 @@ class Candidate:
     def _streamed_value(self, parameter: str) -> Tensor:
         assert self.read is not None
         codes = self.quantized.get(parameter)
-        return codes.dequantize() if codes is not None else self.read(parameter)
+        return codes.dequantize() if codes is not None else self._plain_value(parameter)
+
+    def _plain_value(self, parameter: str) -> Tensor:
+        assert self.read is not None
+        replaced = self.replaced.get(parameter)
+        return replaced() if replaced is not None else self.read(parameter)
 
     def values(self, parameter: str) -> Tensor:
         """Return a parameter's present values, in its own shape."""
@@ -94,8 +101,9 @@ class Candidate:
         if self.read is None:
             self.set_quantized(parameter, rule(self.values(parameter)))
             return
-        read = self.read
-        self.defer(parameter, outline, lambda: rule(read(parameter)))
+        # the values that the rule sees are those of now: what changes floats later does not reach codes
+        values = self.replaced.get(parameter) or partial(self.read, parameter)
+        self.defer(parameter, outline, lambda: rule(values()))
 
     def defer(self, parameter: str, outline: Outline, make: Callable[[], Quantized]) -> None:
         """Let `make` give the codes of a streamed candidate's parameter; they are not kept."""
@@ -104,12 +112,23 @@ class Candidate:
         self.quantized.defer(parameter, outline, make)
         self.weights.refresh(parameter)
 
+    def put_weight(self, parameter: str, values: Callable[[], Tensor]) -> None:
+        """Give a parameter other plain values: now, or (when streamed) whenever it is asked for."""
+        if self.weights is not None:
+            self.replaced[parameter] = values
+            self.weights.refresh(parameter)
+            return
+        with torch.no_grad():
+            target = self.module.get_parameter(parameter)
+            target.copy_(values().to(target.dtype))
+
     def replace_floats(self, change: Callable[[str, Tensor], Tensor]) -> None:
         """Change every parameter that has no codes: now, or (when streamed) whenever one is fetched."""
         if self.read is not None:
             assert self.weights is not None
-            read = self.read
-            self.read = lambda name: change(name, read(name).float())
+            for name in self.replaced:
+                self.replaced[name] = partial(_changed, change, name, self.replaced[name])
+            self.read = partial(_changed_by_name, change, self.read)
             self.weights.drop()
             return
         with torch.no_grad():
@@ -132,3 +151,11 @@ class Candidate:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _changed(change: Callable[[str, Tensor], Tensor], name: str, values: Callable[[], Tensor]) -> Tensor:
+    return change(name, values().float())
+
+
+def _changed_by_name(change: Callable[[str, Tensor], Tensor], read: Callable[[str], Tensor], name: str) -> Tensor:
+    return change(name, read(name).float())

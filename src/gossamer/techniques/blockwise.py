@@ -26,6 +26,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,17 +131,15 @@ class Block:
 
     def set_weight(self, parameter: str, values: Tensor) -> None:
         """Put other plain values in place of a parameter, one that is not rounded here (a norm) or not yet."""
-        target = self.candidate.module.get_parameter(parameter)
-        self.replaced.setdefault(parameter, target.detach().clone())
-        self.weights[parameter] = values.detach().to(target.dtype).clone()
-        with torch.no_grad():
-            target.copy_(self.weights[parameter])
+        if parameter not in self.replaced:
+            self.replaced[parameter] = self.weight(parameter).clone()
+        self.weights[parameter] = values.detach().float().clone()
+        self.candidate.put_weight(parameter, partial(self.weights.__getitem__, parameter))
 
     def restore_weights(self) -> None:
         """Put back every value that `set_weight` replaced."""
-        with torch.no_grad():
-            for parameter, values in self.replaced.items():
-                self.candidate.module.get_parameter(parameter).copy_(values)
+        for parameter, values in self.replaced.items():
+            self.candidate.put_weight(parameter, partial(_itself, values))
         self.weights.clear()
         self.replaced.clear()
 
@@ -149,6 +148,10 @@ class Block:
         with self.in_memory():
             found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
         return relative_error(found, [hidden_states(target) for target in self.targets])
+
+
+def _itself(values: Tensor) -> Tensor:
+    return values
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -84,6 +84,11 @@ class Rotate(Technique):
             raise TechniqueError(
                 f"{len(candidate.quantized)} parameters were rounded by an earlier step", "let `rotate` come first"
             )
+        if candidate.weights is not None:
+            raise TechniqueError(
+                "`rotate` changes every matrix of the model by one rotation and wants it whole in memory",
+                "raise --memory, or leave `rotate` out",
+            )
         example = {name: torch.from_numpy(values) for name, values in context.example.items()}
         source, output = candidate.source, context.task.output
 

@@ -179,13 +179,16 @@ def places(block: Block) -> list[Scaling]:
         alone = names[id(block.module.get_parameter(name))] == 1
         return alone and f"{block.name}.{name}" not in block.candidate.quantized
 
-    found = find_scalings(block.module, block.calls[0])
+    with block.in_memory():
+        found = find_scalings(block.module, block.calls[0])
     return [place for place in found if all(free(name) for name in (*place.producers, *place.consumers))]
 
 
 def put_scaling(block: Block, place: Scaling, factors_I: Tensor) -> None:
     """Put a place's scaled values into the model, for the sweep to remember."""
-    for name, values in scaled_weights(block.module, place, factors_I).items():
+    with block.in_memory():
+        scaled = scaled_weights(block.module, place, factors_I)
+    for name, values in scaled.items():
         block.set_weight(f"{block.name}.{name}", values)
 
 
