@@ -24,6 +24,7 @@ from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
 from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.quantize.refit import refit_scales
 
 MIN_SAMPLES = 8
 
@@ -109,6 +110,7 @@ class Gptq(CalibratedGrid):
     order: Literal["none", "static"] = Field(
         "static", description="input channels as they stand, or the most excited first (groups stay where they are)"
     )
+    refit: bool = Field(True, description="fit the scales to the codes that were found, by least squares on outputs")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
 
     def solve(self, block: Block) -> None:
@@ -123,9 +125,10 @@ class Gptq(CalibratedGrid):
                 block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
                 codes = quantize_weight(weight, decision.weight, scale="mse", transposed=transposed, name=parameter)
             else:
+                rows_OI, second_II = rows_of(weight, transposed), seen.second_II
                 codes = gptq(
-                    rows_of(weight, transposed),
-                    seen.second_II,
+                    rows_OI,
+                    second_II,
                     decision.weight,
                     scale=self.scale,
                     order=self.order,
@@ -134,6 +137,8 @@ class Gptq(CalibratedGrid):
                     shape=tuple(weight.shape),
                     name=parameter,
                 )
+                if self.refit:
+                    codes = refit_scales(rows_OI, second_II, codes)
             block.set_quantized(parameter, codes)
 
 

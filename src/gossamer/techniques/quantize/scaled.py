@@ -112,8 +112,8 @@ class Awq(CalibratedGrid):
 class Smooth(BlockTechnique):
     """Divide activation channels with outliers by factors that the weights take up, before both are rounded to 8 bits.
 
-    In a recipe it stands before the step that rounds: `- smooth: {}` and `- quantize: {activations: dynamic}`. Nothing is
-    rounded here, and what the model computes stays the same. Xiao et al., "SmoothQuant", 2022; see `smooth.py`.
+    In a recipe it stands before the step that rounds: `- smooth: {}` and `- quantize: {activations: dynamic}`. Nothing
+    is rounded here, and what the model computes stays the same. Xiao et al., "SmoothQuant", 2022; see `smooth.py`.
     """
 
     name: ClassVar[str] = "smooth"

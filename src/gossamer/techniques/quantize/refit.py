@@ -1,0 +1,77 @@
+"""Give codes that are fixed the scales that fit them best: least squares under the second moments of the layer's input.
+
+After GPTQ the codes no longer are those that their scales were chosen for: errors were moved between channels. For a
+row w with steps v = code - zero point, cut into groups g, and scales s_g,
+
+    error(s) = (w - sum_g s_g v_g) S (w - sum_g s_g v_g)^T,        S = second_II
+
+is a quadratic in the scales, so the best ones solve a small linear system for each row:
+
+    sum_h A_gh s_h = b_g,        A_gh = v_g S_gh v_h^T,        b_g = v_g (S w^T)_g
+
+A row takes the new scales, rounded to what files hold, only where all are positive and its error falls. Zero points and
+codes stay. The step is known from the alternating solvers (Egiazarian et al., "AQLM", 2024, section 3.3 for codebooks).
+
+Shape suffixes: O rows, I inputs, G groups, R rows at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gossamer.models.quantized import Quantized
+from gossamer.techniques.quantize.grid import LARGEST_SCALE, SMALLEST_SCALE
+
+RIDGE = 1e-6  # of the mean diagonal: a group without any step, or two that always move together, leave A singular
+SYSTEM_ELEMENTS = 1 << 24  # of all rows' systems that are in memory together
+
+
+def refit_scales(weight_OI: Tensor, second_II: Tensor, start: Quantized) -> Quantized:
+    """Return the same codes with scales whose output error is not above that of `start`, row by row.
+
+    >>> refit_scales(weight_OI, moments.second_II, gptq(weight_OI, moments.second_II, spec))  # doctest: +SKIP
+    """
+    num_groups = start.num_groups
+    step = max(1, SYSTEM_ELEMENTS // max(num_groups**2, weight_OI.shape[1]))
+    scale_OG = start.scale.clone()
+    for first in range(0, weight_OI.shape[0], step):
+        here = slice(first, first + step)
+        zero_RG = None if start.zero_point is None else start.zero_point[here]
+        scale_RG = start.scale[here].float()
+        found_RG = _refit_rows(weight_OI[here].float(), second_II, start.codes[here], scale_RG, zero_RG)
+        scale_OG[here] = found_RG.to(scale_OG.dtype)
+    return replace(start, scale=scale_OG)
+
+
+def _refit_rows(
+    weight_RI: Tensor, second_II: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor | None
+) -> Tensor:
+    """Return the scales of a few rows."""
+    num_rows, num_groups = scale_RG.shape
+    steps_RGg = codes_RI.float().reshape(num_rows, num_groups, -1)
+    if zero_RG is not None:
+        steps_RGg = steps_RGg - zero_RG.float().unsqueeze(-1)
+    system_RGG = torch.empty(num_rows, num_groups, num_groups)
+    size = steps_RGg.shape[-1]
+    for group in range(num_groups):
+        seen_RI = steps_RGg[:, group] @ second_II[group * size : (group + 1) * size]
+        system_RGG[:, group] = (seen_RI.view_as(steps_RGg) * steps_RGg).sum(-1)
+    wanted_RG = ((weight_RI @ second_II).view_as(steps_RGg) * steps_RGg).sum(-1)
+    diagonal_RG = system_RGG.diagonal(dim1=1, dim2=2)
+    diagonal_RG += RIDGE * diagonal_RG.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+    found_RG, _ = torch.linalg.solve_ex(system_RGG.double(), wanted_RG.double())
+    silent_RG = (steps_RGg == 0).all(-1)  # its scale multiplies nothing: it stays
+    found_RG = torch.where(silent_RG, scale_RG.double(), found_RG)
+    usable_R = (torch.isfinite(found_RG) & (found_RG > SMALLEST_SCALE) & (found_RG < LARGEST_SCALE)).all(1)
+    stored_RG = torch.where(usable_R[:, None], found_RG, scale_RG.double()).half().float()
+    better_R = _errors(weight_RI, second_II, steps_RGg, stored_RG) < _errors(weight_RI, second_II, steps_RGg, scale_RG)
+    return torch.where(better_R[:, None], stored_RG, scale_RG)
+
+
+def _errors(weight_RI: Tensor, second_II: Tensor, steps_RGg: Tensor, scale_RG: Tensor) -> Tensor:
+    """Return the output error of each row, [R]."""
+    change_RI = weight_RI - (steps_RGg * scale_RG.unsqueeze(-1)).flatten(1)
+    return ((change_RI @ second_II) * change_RI).sum(1)
