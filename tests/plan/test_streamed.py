@@ -23,7 +23,7 @@ from gossamer.measure.memory import resident_bytes
 from gossamer.models.source import Source
 from gossamer.plan import budget
 from gossamer.plan.budget import weights_budget
-from gossamer.plan.flow import apply_run
+from gossamer.plan.flow import apply_run, optimize_run
 from gossamer.plan.job import Job
 from gossamer.plan.prepare import Inputs, Prepared, opened_job, prepare
 from gossamer.plan.proof import apply_steps
@@ -131,6 +131,18 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_spent(speaker: P
     ):
         apply_run(small, recipe_of(STEPS), None, tmp_path, fresh=False)
     assert not list((tmp_path / "steps").glob("*"))
+
+
+@pytest.mark.timeout(240)  # every recipe that is tried starts two processes
+@pytest.mark.usefixtures("tight")
+def test_a_goal_of_bytes_is_met_without_opening_the_model(speaker: Path, tmp_path: Path) -> None:
+    goal = parse_goal("quality >= 30%, size <= 80%")
+    found = optimize_run(
+        inputs_of(speaker), goal, tmp_path, fresh=False, max_candidates=2, time_budget_seconds=None
+    )  # fmt: skip
+    assert found.verdict == "PASS", found.reason
+    assert not found.original.latency.known
+    assert found.original.metric is not None
 
 
 def test_memory_decides_how_a_model_is_opened(speaker: Path) -> None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from gossamer.errors import DataError, GoalError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Verdict
 from gossamer.measure.machine import stamp
@@ -133,6 +135,8 @@ def check_measurable(job: Job, goal: Goal | None) -> None:
     """Raise GoalError for a bound on what is not measured of a model that is read piece by piece."""
     untimed = ("latency", "throughput", "memory")
     bounds = [str(part) for part in goal.constraints if part.quantity in untimed] if goal is not None else []
+    if goal is not None and goal.objective is not None and goal.objective.quantity in untimed:
+        bounds.append(str(goal.objective))
     if job.budget is not None and bounds:
         raise GoalError(
             f"`{bounds[0]}` cannot be measured: {job.source.name} does not fit into memory and is read piece by piece",
@@ -146,17 +150,26 @@ def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
     assert reference is not None  # `plan` and `optimize` cannot be asked without rows
     assert original.metric is not None
     goal.check_metric(job.task.metric.name, job.task.metric.higher_is_better, original.metric.value)
-    _, unchanged = unchanged_artifact(job)
+    # a model that is read piece by piece is not timed, and the folder itself is what would be written
+    unchanged_memory = 0 if job.budget is not None else unchanged_artifact(job)[1]["memory"]
     tables = Tables(
         model=job.model,
         runtime=job.runtime,
         original=original,
         profile=profile(job, ()),
         likelihood_metric=not job.task.metric.higher_is_better,
-        unchanged_memory=unchanged["memory"],
+        unchanged_memory=unchanged_memory,
         proof_seconds=_proof_seconds(job),
+        float_bytes=_float_bytes(job),
     )
     return tables, reference
+
+
+def _float_bytes(job: Job) -> dict[str, int]:
+    """Return the bytes of a value of each weight that the runtime leaves as the user's folder holds it."""
+    stored = {layer.name: job.source.stored_dtype(f"{layer.name}.weight") for layer in job.model.layers}
+    narrow = (torch.float16, torch.bfloat16)
+    return {f"{name}.weight": 2 for name, dtype in stored.items() if dtype in narrow and job.runtime.keeps_16_bits}
 
 
 def _recipes(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:

@@ -44,9 +44,10 @@ class Corrections:
             return self.latency.get(formats, 0.0)
         return sum(self.latency.values()) / len(self.latency)
 
-    def learn(self, formats: str, predicted: Prediction, latency_share: float, quality_share: float) -> None:
+    def learn(self, formats: str, predicted: Prediction, latency_share: float | None, quality_share: float) -> None:
         """Take one measured candidate in: the next prediction of its kind starts from what was seen."""
-        self.latency[formats] = self.of(formats) + log(latency_share / predicted.latency_share)
+        if latency_share is not None:
+            self.latency[formats] = self.of(formats) + log(latency_share / predicted.latency_share)
         lost, expected = max(1e-4, 1 - quality_share), max(1e-4, 1 - predicted.quality_share)
         self.quality += 0.5 * log(lost / expected)
 
@@ -62,6 +63,7 @@ class Tables:
     likelihood_metric: bool
     unchanged_memory: int
     proof_seconds: float  # of writing, checking, scoring and timing the unchanged model
+    float_bytes: Mapping[str, int] = field(default_factory=dict)  # of a value as it is held; FLOAT_BYTES if not named
 
 
 def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections | None = None) -> Prediction:
@@ -96,19 +98,21 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
     """Return the bytes of the files that the recipe would ship."""
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
     specs: dict[str, Decision] = {}
-    dtype_bytes = FLOAT_BYTES
+    cast_bytes = FLOAT_BYTES
     for decision in decisions:
         if decision.weight is not None:
             specs[decision.parameter] = decision
         elif decision.dtype is not None:
-            dtype_bytes = CAST_BYTES.get(decision.dtype, FLOAT_BYTES)
+            cast_bytes = CAST_BYTES.get(decision.dtype, FLOAT_BYTES)
     saved = 0
     for layer in tables.model.layers:
         if layer.tied_to is not None:
             continue
-        decided = specs.get(f"{layer.name}.weight")
-        held = tables.runtime.stored_bytes(layer.role, layer.shape, decided.weight if decided else None, dtype_bytes)
-        saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, FLOAT_BYTES) - held
+        parameter = f"{layer.name}.weight"
+        decided, before = specs.get(parameter), tables.float_bytes.get(parameter, FLOAT_BYTES)
+        spec, after = decided.weight if decided else None, min(before, cast_bytes)
+        held = tables.runtime.stored_bytes(layer.role, layer.shape, spec, after)
+        saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, before) - held
     return unchanged_bytes - saved
 
 

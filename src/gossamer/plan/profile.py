@@ -169,6 +169,8 @@ def _unchanged_layers(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> dict[L
     """Return the layers as they are, as small artifacts to be timed."""
 
     def build(folder: Path) -> dict[str, Any]:
+        if not job.runtime.holds_layers:
+            return {"layers": []}
         candidate = Candidate(source=job.source, module=job.source.module(job.task))
         return {"layers": _write_layers(job, candidate, layer_formats(job.model, [], shapes), folder)}
 

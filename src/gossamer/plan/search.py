@@ -30,6 +30,7 @@ USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.
 MEASURED_KIND_MISS = 0.04  # of latency and throughput, once the same arithmetic was measured in this run
 LIKELY, HOPELESS = 1.0, -2.5
 WAVE = 12  # recipes that are profiled together
+STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
 COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
@@ -164,7 +165,8 @@ class Menu:
 
     def next_wave(self) -> bool:
         """Profile the next recipes; return False when none is waiting."""
-        wave, self.waiting = self.waiting[:WAVE], self.waiting[WAVE:]
+        size = WAVE if self.job.budget is None else STREAMED_WAVE
+        wave, self.waiting = self.waiting[:size], self.waiting[size:]
         if not wave:
             return False
         steps = [step for steps in wave for step in steps]
@@ -263,7 +265,8 @@ class Search:
             tried, judgements = prove(self.job, self.goal, item.steps, item.prediction, self.original, self.reference)
             if tried.measured is not None and not tried.rejected:
                 figures = tried.measured.figures
-                ratio, share = figures["latency p50 ratio"].value, figures["quality"].value
+                timed, share = figures.get("latency p50 ratio"), figures["quality"].value
+                ratio = timed.value if timed is not None else None
                 self.corrections.learn(format_key(decisions), item.prediction, ratio, share)
         except (ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError) as error:
             tried = tried.model_copy(update={"rejected": error.message})

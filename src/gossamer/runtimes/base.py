@@ -73,6 +73,7 @@ class Runtime(ABC):
     name: ClassVar[str]
     extra: ClassVar[str | None] = None  # the pip extra that brings it: gossamer[openvino]
     files: ClassVar[tuple[str, ...]]  # patterns of the files that a user must ship, besides tokenizer and config
+    keeps_16_bits: ClassVar[bool] = False  # True: weights that came in 16 bits and were not touched stay so
     streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
 

@@ -72,6 +72,7 @@ class TorchFolder(Runtime):
 
     name: ClassVar[str] = "torch"
     files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "*.pt2")
+    keeps_16_bits: ClassVar[bool] = True
     streams: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
 
