@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from gossamer.models.quantized import Quantized, QuantSpec
-from gossamer.techniques.quantize.gptq import output_error
 from gossamer.techniques.quantize.grid import (
     MIN_SHRINK,
     NUM_SHRINKS,
@@ -117,7 +116,9 @@ def scaled_error(readers: Sequence[Reader], factors_I: Tensor, scale: ScaleSearc
     total = 0.0
     for reader in readers:
         rounded_OI = quantize_weight(reader.weight_OI.float() * factors_I, reader.spec, scale=scale).dequantize()
-        total += output_error(reader.weight_OI.float(), rounded_OI / factors_I, reader.second_II)
+        error_OI = reader.weight_OI.float() - rounded_OI / factors_I
+        # float32: errors are compared with each other, dozens a place, and the products take most of the time
+        total += float(((error_OI @ reader.second_II) * error_OI).sum(dtype=torch.float64))
     return total
 
 
