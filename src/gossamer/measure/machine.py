@@ -72,6 +72,8 @@ PACKAGES = (
     Package("onnxscript", CORE, "ONNX export"),
     Package("onnxruntime", CORE, "runtime `onnxruntime`"),
     Package("openvino", "openvino", "runtime `openvino`"),
+    Package("gguf", "gguf", "writes GGUF files; runtime `gguf`"),
+    Package("llama-cpp-python", "gguf", "opens GGUF files; runtime `gguf`"),
 )
 
 

@@ -155,7 +155,8 @@ def compare_outputs(
     error = _rms(*(a - b for a, b in zip(found, decided, strict=True))) / spread
     change = _rms(*(a - b for a, b in zip(decided, original, strict=True))) / spread
     allowed = max((CAST_TOLERANCE[d["dtype"]] for d in decisions if d["dtype"]), default=EXACT_TOLERANCE)
-    if any(decision["activation"] for decision in decisions):
+    rounded = job.runtime.rounds_inputs and any(decision["weight"] for decision in decisions)
+    if rounded or any(decision["activation"] for decision in decisions):
         allowed = max(INTEGER_TOLERANCE, 0.5 * change)
     same = [(a.argmax(-1) == b.argmax(-1)).mean() for a, b in zip(found, decided, strict=True)]
     return Equivalence(
@@ -344,7 +345,16 @@ def package_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in ("gossamer", "torch", "transformers", "compressed-tensors", "onnx", "onnxruntime", "openvino"):
+    for package in (
+        "gossamer",
+        "torch",
+        "transformers",
+        "compressed-tensors",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "gguf",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -14,6 +14,7 @@ RUNTIMES: dict[str, str] = {
     "torch": "gossamer.runtimes.torch_folder:TorchFolder",
     "onnxruntime": "gossamer.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "gossamer.runtimes.openvino:OpenVino",
+    "gguf": "gossamer.runtimes.gguf:Gguf",
     "torch-export": "gossamer.runtimes.torch_export:TorchExport",
     "torchscript": "gossamer.runtimes.torchscript:TorchScript",
 }

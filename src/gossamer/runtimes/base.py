@@ -76,6 +76,7 @@ class Runtime(ABC):
     keeps_16_bits: ClassVar[bool] = False  # True: weights that came in 16 bits and were not touched stay so
     streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
+    rounds_inputs: ClassVar[bool] = False  # True: its kernels round layer inputs to 8 bits, whatever the recipe says
 
     def missing(self) -> str | None:
         """Return the package that is not installed, or None when the runtime can be used here."""

@@ -217,7 +217,7 @@ def unpack(bytes_NY: Tensor, block_format: BlockFormat) -> Blocks:
     if form.bits == 8:
         return Blocks(form, bytes_NY[:, 2:].contiguous().view(torch.int8), _half(bytes_NY[:, :2]))
     if form.name == "Q6_K":
-        low_NY, high_NY, scales_NP, scale_N2 = bytes_NY.split([128, 64, 16, 2], dim=1)
+        low_NY, high_NY, scales_NP, scale_N2 = torch.split(bytes_NY, [128, 64, 16, 2], dim=1)
         unsigned_Nb = _cut(low_NY, 2, 64) | _cut(high_NY, 4, 32) << 4
         part_scale_NP = scales_NP.contiguous().view(torch.int8).to(torch.int16)
         return Blocks(form, _signed(unsigned_Nb, form), _half(scale_N2), part_scale=part_scale_NP)
@@ -279,7 +279,7 @@ def _join_part_scales(scale_NP: Tensor, minimum_NP: Tensor) -> Tensor:
 
 
 def _cut_part_scales(bytes_NY: Tensor) -> tuple[Tensor, Tensor]:
-    near_scale, near_minimum, far = bytes_NY.split(4, dim=1)
+    near_scale, near_minimum, far = torch.split(bytes_NY, 4, dim=1)
     scale_NP = torch.cat([near_scale & 63, far & 15 | near_scale >> 6 << 4], 1)
     minimum_NP = torch.cat([near_minimum & 63, far >> 4 | near_minimum >> 6 << 4], 1)
     return scale_NP.to(torch.int16), minimum_NP.to(torch.int16)

@@ -18,7 +18,7 @@ Super-blocks have scales that are integers themselves, w' = (d a_j) q - (m b_j) 
 d and m are the largest over the range of the integers; then in turn each part's (a_j, b_j, q) is solved for given d and
 m, trying the integers next to its scale, and d, m are refitted to all 256 weights by the same least squares.
 
-Invariants: E never rises from step to step, and is at most that of rounding to the block's plain range; a block of
+Invariants: E never rises from step to step; in plain blocks it is at most that of rounding to their range; a block of
 zeros stays zeros. Left out: products of different inputs (GPTQ and learned rounding see them, and their codes need no
 solving where a format has their grid), and minima above zero in super-blocks, which the format cannot hold.
 
@@ -51,7 +51,7 @@ def solve(
     `importance_I` weighs the inputs (the diagonal of their second moment); None counts all alike. Raises ArtifactError
     when blocks do not divide the rows, or weights or importance are not finite or too large for half precision.
     """
-    num_rows, num_inputs = weight_OI.shape
+    num_inputs = weight_OI.shape[1]
     if num_inputs % block_format.size:
         raise ArtifactError(
             f"{block_format.name} holds blocks of {block_format.size}, which do not divide the {num_inputs} inputs "
