@@ -1,4 +1,4 @@
-"""GGUF files: read back by the gguf package they hold the candidate's own numbers; llama.cpp computes the same model."""
+"""GGUF files: the gguf package reads the candidate's own numbers from them; llama.cpp computes the same model."""
 
 from __future__ import annotations
 
