@@ -33,6 +33,7 @@ from gossamer.tasks.base import Arrays, Batch, Row, Task
 
 MIN_EVALUATION_ROWS = 8
 MIN_SAMPLES = 2  # a task may make fewer samples than rows: long documents under a limit on tokens
+STREAMED_WORDS = 20  # enough to see whether two compute the same, where each pass reads the model from disk
 Rows = str | Path | list[dict[str, Any]]
 
 
@@ -135,11 +136,13 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        task, source = prepared.task, prepared.source
+        task, source, runtime = prepared.task, prepared.source, get_runtime(inputs.runtime)
+        budget = weights_budget(source, runtime, inputs.memory)
         calibration: tuple[Batch, ...] = ()
         if prepared.calibration:
             calibration = tuple(task.calibration(prepared.calibration, source, inputs.calibration_rows))
-        evaluation = tuple(task.batches(prepared.evaluation or [made_up_row()], source, batch_size=1))
+        made_up = made_up_row() if budget is None else made_up_row(STREAMED_WORDS)
+        evaluation = tuple(task.batches(prepared.evaluation or [made_up], source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:
             raise DataError(
@@ -147,8 +150,6 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
-        runtime = get_runtime(inputs.runtime)
-        budget = weights_budget(source, runtime, inputs.memory)
         yield Job(
             source=source,
             task=task,
