@@ -204,10 +204,10 @@ def test_super_blocks_lose_little_to_blocks_with_scales_of_their_own(name: str, 
 
 
 def test_a_row_s_bytes_do_not_depend_on_the_others() -> None:
-    weight = weights()
+    weight = weights()[:3, :256]
     for form in FORMATS.values():
-        alone = torch.cat([solve(row.unsqueeze(0), form) for row in weight[:3]])
-        assert torch.equal(solve(weight, form)[:3], alone)
+        last = solve(weight[2:], form)
+        assert torch.equal(solve(weight, form)[2:], last)
 
 
 def test_what_cannot_be_solved_is_an_error() -> None:
