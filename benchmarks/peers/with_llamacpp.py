@@ -1,0 +1,99 @@
+"""llama.cpp: its GGUF types, chosen with its importance matrix, made by its own tools and served by its own kernels.
+
+Seconds are those of the importance matrix and of quantizing; converting to GGUF is loading. The matrix comes from the
+calibration windows' text, which the tool cuts into tokens again. What is scored includes what the kernels do to
+inputs (8-bit codes in blocks): llama.cpp has no other arithmetic for these types.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from script import Job, run
+
+RECIPES = {
+    "Q8_0": {"type": "Q8_0"},
+    **{f"{name}-imatrix": {"type": name, "imatrix": True} for name in ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")},
+}
+ENVIRONMENT = Path(sys.prefix)
+TOOLS = ENVIRONMENT / "llama-build" / "bin"
+FILE = "model.gguf"
+
+
+def quantize(job: Job) -> None:
+    """Write a GGUF file."""
+    work = job.out.parent
+    whole, matrix, text = work / "float32.gguf", work / "imatrix.gguf", work / "calibration.txt"
+    converter = ENVIRONMENT / "llama.cpp" / "convert_hf_to_gguf.py"
+    tool([sys.executable, converter, job.model, "--outfile", whole, "--outtype", "f32"])
+    windows, context = job.calibration_NT.shape
+    chosen: list[Any] = []
+    if job.recipe.get("imatrix"):
+        text.write_text(calibration_text(job), encoding="utf-8")
+        asked = ["-m", whole, "-f", text, "-o", matrix, "-c", context, "-b", context, "-ub", context]
+        with job.timed("importance matrix"), job.timed():
+            peak = tool([TOOLS / "llama-imatrix", *asked, "--chunks", windows, "-t", job.threads, "--no-ppl"])
+        job.child_peak_bytes = max(job.child_peak_bytes, peak)
+        chosen = ["--imatrix", matrix]
+    with job.timed():
+        peak = tool([TOOLS / "llama-quantize", *chosen, whole, job.out / FILE, job.recipe["type"], job.threads])
+    job.child_peak_bytes = max(job.child_peak_bytes, peak)
+    for path in (whole, matrix, text):
+        path.unlink(missing_ok=True)
+
+
+def calibration_text(job: Job) -> str:
+    """Return the text of the calibration windows, one after the other."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(job.model / "tokenizer.json"))
+    return "".join(tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in job.calibration_NT)
+
+
+def tool(command: list[Any]) -> int:
+    """Run one of llama.cpp's programs; return the most bytes that it held. Raises RuntimeError with what it said."""
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    said = process.stdout.read().decode(errors="replace")
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{Path(str(command[0])).name} failed (status {process.returncode}): {said[-1500:]}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reopen(job: Job) -> Callable[[Any], Any]:
+    """Open the file with llama.cpp, keys and values in float32."""
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(TOOLS)  # the package has no library of its own here
+    import llama_cpp
+
+    context = job.calibration_NT.shape[1]
+    served = llama_cpp.Llama(
+        str(job.out / FILE),
+        n_ctx=context,
+        n_batch=context,
+        n_ubatch=context,
+        n_threads=job.threads,
+        n_threads_batch=job.threads,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+
+    def logits(window: Any) -> Any:
+        served.reset()
+        served.eval(window.tolist())
+        return np.array(served.scores[: len(window)], dtype=np.float32)
+
+    return logits
+
+
+if __name__ == "__main__":
+    sys.exit(run(RECIPES, quantize, reopen, packages=("llama-cpp-python", "gguf"), with_torch=False))
