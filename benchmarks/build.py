@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peers import Material, Peer
+from peer import Material, Peer
 
 STDERR_TAIL = 2000
 

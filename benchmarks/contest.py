@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from build import BuildError, Built, build_in_child
 from onnx_export import OnnxFloat32
-from peers import Material, Peer
+from peer import Material, Peer
 
 from gossamer.measure.machine import usable_cores
 from gossamer.measure.types import Interval

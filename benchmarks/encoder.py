@@ -21,7 +21,7 @@ from contest import Contest, Entry, add_arguments, build_all, make_contest, mega
 from encoder_peers import NncfQuantize, OnnxDynamic, OnnxStatic, OpenVinoFloat32, TorchDynamic
 from onnx_export import OnnxFloat32
 from ours import GossamerOnGraph
-from peers import Peer, has_int8_dot
+from peer import Peer, has_int8_dot
 from results import table, write_section
 
 from gossamer.measure.latency import LatencyPair, time_in_turns

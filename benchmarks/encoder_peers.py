@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers import GRAPH, IR, Material, Peer, has_int8_dot
+from peer import GRAPH, IR, Material, Peer, has_int8_dot
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TorchDynamic(Peer):
     @property
     def runtime(self) -> str:
         """Return the class that rounds while opening."""
-        return "peers:TorchDynamicInt8"
+        return "peer:TorchDynamicInt8"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Link the original's files."""
@@ -56,7 +56,7 @@ class OnnxDynamic(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain session."""
-        return "peers:OnnxFile"
+        return "peer:OnnxFile"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write model.onnx."""
@@ -92,7 +92,7 @@ class OnnxStatic(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain session."""
-        return "peers:OnnxFile"
+        return "peer:OnnxFile"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write model.onnx."""
@@ -136,7 +136,7 @@ class OpenVinoFloat32(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain compiled model, held to float32."""
-        return "peers:OpenVinoFloat32File"
+        return "peer:OpenVinoFloat32File"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write the IR in float32."""
@@ -165,7 +165,7 @@ class NncfQuantize(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain compiled model."""
-        return "peers:OpenVinoFloat32File"
+        return "peer:OpenVinoFloat32File"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write the IR."""

@@ -1,205 +1,271 @@
-"""Language models with rounded weights: this tool beside ONNX Runtime's and NNCF's weight compression.
+"""Language models with rounded weights: this tool beside every peer, each in an environment of its own.
 
-    python benchmarks/llm.py --model DIR --data calibration.jsonl --eval test.jsonl --context 512 --max-tokens 10000
+    python benchmarks/llm.py --model .demo/models/smollm2-135m --data calibration.jsonl --eval test.jsonl \\
+        --context 512 --max-tokens 40000 --peers hqq,torchao --envs .demo/peers
 
-Windows of `--context` tokens are taken evenly from all held-out documents. Every artifact is made in a process of its
-own (seconds, peak memory) and opened in another, which scores the windows: perplexity, the share of it kept (paired,
-by window), KL(original || artifact) per token over the whole vocabulary on the first windows, and how often the most
-likely token is the same. MB are the files that hold weights. The table goes to standard output and into RESULTS.md.
+All get the same calibration windows and are scored on the same held-out windows, spread evenly over all documents, by
+the same code (peers/scoring.py), after what they saved was opened again in a fresh process: perplexity, mean
+KL(original || quantized) in nats a token over the whole vocabulary, and how often the most likely token is the same.
+MB are all files that hold weights, with whatever a tool leaves unrounded. Seconds are of quantizing, without loading
+(gossamer's: of making the artifact, loading included). A result is kept and reused. A tool that could not be installed
+or failed has a row that says so. The weight compression of ONNX Runtime and NNCF on one exported graph: llm_graphs.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from contest import Contest, Entry, add_arguments, build_all, make_contest, megabytes, say, share
-from llm_peers import NncfWeights, OnnxNBits
+from build import BuildError, build_in_child
+from contest import Contest, Entry, megabytes, say, share, wanted
 from numpy.typing import NDArray
-from onnx_export import OnnxFloat32
-from ours import Gossamer, GossamerOnGraph
-from peers import Peer
-from results import table, write_section
+from ours import Gossamer
+from peer import Material
+from peer_scripts import TITLES, Inputs, Outcome, run_tool, short
+from results import FILE, table, write_section
+from scoring import score
 
+from gossamer.measure.machine import installed_version, usable_cores
 from gossamer.measure.size import shipped_bytes
-from gossamer.measure.statistics import paired_quality, score_interval
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores
+from gossamer.measure.statistics import score_interval
+from gossamer.plan.prepare import Inputs as Prepare
+from gossamer.plan.prepare import prepare
+from gossamer.tasks.base import Scores
 from gossamer.tasks.causal_lm import CausalLM
 
-WEIGHT_SUFFIXES = {".safetensors", ".onnx", ".data", ".bin", ".xml", ".gguf", ".pte"}
-HEADINGS = (
-    "", "weights MB", "perplexity", "quality kept", "KL, nats a token", "same top token", "made in s", "peak MB",
-)  # fmt: skip
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+HEADINGS = ("", "weights MB", "perplexity", "KL, nats a token", "same top token", "made in s", "peak MiB")
 NO_MODEL = """llm.py: skipped, no --model was given. Any Hugging Face folder of a causal language model will do:
-    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir .demo/smollm2
+    hf download HuggingFaceTB/SmolLM2-135M --local-dir .demo/models/smollm2-135m
 with rows of text (jsonl with a `text` column) for --data and --eval:
-    python benchmarks/llm.py --model .demo/smollm2 --data calibration.jsonl --eval test.jsonl"""
+    python benchmarks/llm.py --model .demo/models/smollm2-135m --data calibration.jsonl --eval test.jsonl"""
+Windows = NDArray[np.int64]
 
 
-def contenders() -> list[Peer]:
-    """Return what is compared: other tools first, then our recipes on two runtimes."""
-    codes = {"bits": 4, "symmetric": False}
-    table8 = {"quantize": {"bits": 8, "targets": ["embedding"]}}
-    int8 = ({"quantize": {"bits": 8}}, table8)
-    g64 = {"quantize": {**codes, "group_size": 64}}
-    g32 = {"quantize": {**codes, "group_size": 32}}
-    table4 = {"quantize": {**codes, "group_size": 32, "targets": ["embedding"]}}
-    return [
-        OnnxFloat32(),
-        OnnxNBits(bits=8),
-        OnnxNBits(block_size=64),
-        OnnxNBits(block_size=32),
-        OnnxNBits(block_size=32, embeddings=True),
-        NncfWeights(),
-        NncfWeights("int4_asym", 64),
-        NncfWeights("int4_asym", 64, data_aware=True),
-        Gossamer("torch", int8, "int8, embeddings int8", rows=False),
-        Gossamer("torch", (g64, table8), "int4 g64, embeddings int8", rows=False),
-        GossamerOnGraph("onnxruntime", int8, "int8, embeddings int8", rows=False),
-        GossamerOnGraph("onnxruntime", (g64,), "int4 g64, embeddings fp32", rows=False),
-        GossamerOnGraph("onnxruntime", (g64, table8), "int4 g64, embeddings int8", rows=False),
-        GossamerOnGraph("onnxruntime", (g32, table8), "int4 g32, embeddings int8", rows=False),
-        GossamerOnGraph("onnxruntime", (g32, table4), "int4 g32, embeddings int4 g32", rows=False),
+def ours(samples: int, quick: bool) -> list[Gossamer]:
+    """Return our own recipes, all with linear layers in groups of 64 and the embedding, which is the head, in int8."""
+    embedding = {"quantize": {"bits": 8, "targets": ["embedding"]}}
+    grid = {"symmetric": False, "group_size": 64}
+    calibrated = {**grid, "samples": samples, "ignore": ["head"]}
+    steps = (1,) if quick else (50, 200)
+    found = [
+        Gossamer("torch", ({"quantize": {"bits": 8}}, embedding), "int8", rows=False),
+        Gossamer("torch", ({"quantize": {"bits": 4, **grid}}, embedding), "int4 g64, nearest", rows=False),
     ]
+    for bits in (4, 3):
+        found.append(Gossamer("torch", ({"gptq": {"bits": bits, **calibrated}}, embedding), f"int{bits} g64, gptq"))
+    for bits, num_steps in [(4, num_steps) for num_steps in steps] + [(3, steps[-1]), (2, steps[-1])]:
+        settings = {"bits": bits, **calibrated, "steps": num_steps}
+        name = f"int{bits} g64, learned_rounding, {num_steps} steps"
+        found.append(Gossamer("torch", ({"learned_rounding": settings}, embedding), name))
+    return found
 
 
-def held_out(contest: Contest, max_tokens: int) -> list[Batch]:
-    """Return windows taken evenly from all documents, each a sample of its own, about `max_tokens` scored tokens."""
-    task, prepared = contest.prepared.task, contest.prepared
-    assert isinstance(task, CausalLM)
-    every = CausalLM(context=task.context).batches(prepared.evaluation, prepared.source)
-    whole = [batch for batch in every if batch.inputs["input_ids"].shape[1] == task.context] or every
-    wanted = min(len(whole), max(2, round(max_tokens / (task.context - 1))))
-    picked = [whole[index * len(whole) // wanted] for index in range(wanted)]
-    return [Batch(batch.inputs, np.array([index])) for index, batch in enumerate(picked)]
+def held_out(contest: Contest, context: int, max_tokens: int) -> Windows:
+    """Return whole windows [N, context] taken evenly from all documents, about `max_tokens` scored tokens."""
+    batches = CausalLM(context=context).batches(contest.prepared.evaluation, contest.prepared.source)
+    whole = whole_windows([batch.inputs for batch in batches], context)
+    count = min(len(whole), max(2, round(max_tokens / (context - 1))))
+    return whole[[index * len(whole) // count for index in range(count)]]
 
 
-@dataclass
-class Divergence:
-    """Run an artifact, and on its first `num_windows` windows compare whole distributions with the original's.
-
-    Call the original's first: what it answers is kept (about 100 MB a window). `per_window` [num_windows] then holds
-    each later artifact's mean KL(original || artifact) in nats a token.
-    """
-
-    num_windows: int
-    kept: list[NDArray[Any]] = field(default_factory=list)
-
-    def keeping(self, run: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Arrays]:
-        """Return the original's `run`, which keeps its first answers."""
-
-        def kept_run(inputs: Arrays) -> Arrays:
-            outputs = run(inputs)
-            if len(self.kept) < self.num_windows:
-                self.kept.append(outputs["logits"][0, :-1].copy())
-            return outputs
-
-        return kept_run
-
-    def comparing(self, run: Callable[[Arrays], Arrays], found: list[float]) -> Callable[[Arrays], Arrays]:
-        """Return an artifact's `run`, which puts the mean divergence of its first windows into `found`."""
-
-        def compared_run(inputs: Arrays) -> Arrays:
-            outputs = run(inputs)
-            if len(found) < len(self.kept):
-                found.append(mean_divergence(self.kept[len(found)], outputs["logits"][0, :-1]))
-            return outputs
-
-        return compared_run
+def calibration_windows(contest: Contest, context: int, count: int) -> Windows:
+    """Return the windows [N, context] that gossamer's own recipes calibrate on."""
+    prepared = contest.prepared
+    batches = prepared.task.calibration(prepared.calibration, prepared.source, count)
+    return whole_windows([batch.inputs for batch in batches], context)
 
 
-def mean_divergence(original_TV: NDArray[Any], candidate_TV: NDArray[Any], positions: int = 64) -> float:
-    """Return the mean over T positions of KL(p || q) in nats, from logits, summed over the vocabulary in float64."""
-    total = 0.0
-    for start in range(0, len(original_TV), positions):
-        log_p, log_q = (
-            torch.log_softmax(torch.from_numpy(part[start : start + positions]).double(), dim=-1)
-            for part in (original_TV, candidate_TV)
-        )
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total / len(original_TV)
+def whole_windows(inputs: Sequence[Mapping[str, Any]], context: int) -> Windows:
+    """Return those of full length, stacked."""
+    whole = [each["input_ids"][0] for each in inputs if each["input_ids"].shape[1] == context]
+    if len(whole) < 2:
+        sys.exit(f"llm.py: {len(whole)} windows of {context} tokens where 2 are needed\nhint: lower --context")
+    return np.stack(whole).astype(np.int64)
 
 
-def row_of(
-    contest: Contest, entry: Entry, batches: Sequence[Batch], reference: Evaluation, divergence: Divergence
-) -> list[str]:
-    """Score an artifact on all windows; return its row of the table."""
-    say(f"scoring {entry.peer.label}")
-    task = contest.prepared.task
-    windows: list[float] = []
-    with contest.serve(entry) as served:
-        evaluation = task.evaluate(divergence.comparing(served.run, windows), batches, reference)
-    assert evaluation.agreement is not None
-    quality = paired_quality(evaluation.scores, reference.scores, task.metric)
-    exact = score_interval(Scores(np.array(windows), np.ones(len(windows))))
-    return [
-        entry.peer.label,
-        megabytes(shipped_bytes(weight_files(entry.built.folder))),
-        f"{score_interval(evaluation.scores, task.metric.figure).value:.3f}",
-        share(quality, 2),
-        f"{exact.value:.4f} ({exact.low:.4f} to {exact.high:.4f})",
-        share(score_interval(evaluation.agreement)),
-        f"{entry.built.seconds:.0f}",
-        megabytes(entry.built.peak_bytes, 0),
-    ]
+def run_ours(contest: Contest, peer: Gossamer, material: Material, windows: Windows) -> Outcome:
+    """Return the outcome of one of our recipes, scored as the peers are."""
+    folder = contest.out / ("gossamer-" + hashlib.sha256(peer.label.encode()).hexdigest()[:12])
+    kept = folder.with_suffix(".scores.json")
+    asked = {"windows": hashlib.sha256(windows.tobytes()).hexdigest(), "source": contest.prepared.source.fingerprint}
+    try:
+        say(f"running {peer.label}")
+        built = build_in_child(peer, material, folder.resolve(), reuse=True)
+    except BuildError as error:
+        say(str(error))
+        return Outcome(peer.label, failure=short(str(error)))
+    asked["built"] = f"{built.seconds} {built.peak_bytes}"
+    if kept.exists() and (found := json.loads(kept.read_text()))["asked"] == asked:
+        return Outcome(peer.label, found["result"])
+    with contest.serve_original() as original, contest.serve(Entry(peer, built)) as served:
+        scores = score(rows_of(original.run), rows_of(served.run), windows)
+    result = {
+        "bytes": shipped_bytes(weight_files(built.folder)),
+        "seconds": built.seconds,
+        "peak_mib": built.peak_bytes / 2**20,
+        "by_window": vars(scores),
+        "versions": {"gossamer": installed_version("gossamer") or "?"},
+        **scores.figures(),
+    }
+    kept.write_text(json.dumps({"asked": asked, "result": result}))
+    return Outcome(peer.label, result)
+
+
+def rows_of(run: Callable[[Any], Any]) -> Callable[[Windows], Any]:
+    """Return token ids [tokens] -> logits [tokens, V] of one of our served models."""
+
+    def logits(window: Windows) -> Any:
+        ids = window[None]
+        return run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"][0]
+
+    return logits
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder that hold weights."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+
+
+def row_of(outcome: Outcome) -> list[str]:
+    """Return an outcome's row of the table; bounds are over windows."""
+    result = outcome.result
+    if result is None:
+        return [outcome.label, f"failed: {outcome.failure}", *([""] * (len(HEADINGS) - 2))]
+    sums = {name: np.array(values, dtype=np.float64) for name, values in result["by_window"].items()}
+    tokens = sums["tokens"]
+    perplexity = score_interval(Scores(-sums["loss"], tokens), CausalLM.metric.figure)
+    divergence = score_interval(Scores(sums["divergence"], tokens))
     return [
-        path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES or path.suffix.startswith(".onnx")
+        outcome.label,
+        megabytes(result["bytes"]),
+        f"{perplexity.value:.2f} ({perplexity.low:.2f} to {perplexity.high:.2f})",
+        f"{divergence.value:.4f} ({divergence.low:.4f} to {divergence.high:.4f})",
+        share(score_interval(Scores(sums["agreement"], tokens))),
+        f"{result['seconds']:.0f}",
+        f"{result['peak_mib']:.0f}",
     ]
+
+
+def text_of(outcomes: Sequence[Outcome], model: Path, shapes: str) -> str:
+    """Return the table by bytes, failures last, and what a reader must know below it."""
+    made = sorted((one for one in outcomes if one.result), key=lambda one: one.result["bytes"] if one.result else 0)
+    failed = [one for one in outcomes if one.result is None]
+    originals = [one.result["original_perplexity"] for one in made if one.result]
+    middle = float(np.median(originals)) if originals else float("nan")
+    first = ["the original in float32", megabytes(shipped_bytes(weight_files(model))), f"{middle:.2f}", "0", "", "", ""]
+    rows = [row_of(one) for one in made]
+    parts = [table(HEADINGS, [*rows, first, *map(row_of, failed)]), shapes]
+    for one, found in zip(made, originals, strict=True):
+        if abs(found / middle - 1) > 1e-3:  # another library reads the same model differently: not its rounding's fault
+            parts.append(f"{one.label}: in this environment the original itself has perplexity {found:.2f}.")
+    parts.append("Versions: " + "; ".join(versions_of(made)) + ".")
+    return "\n\n".join(parts)
+
+
+def versions_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return one phrase for each set of versions."""
+    found = []
+    for one in outcomes:
+        assert one.result is not None
+        versions = {name: version for name, version in one.result["versions"].items() if name != "python"}
+        own = [f"{name} {version}" for name, version in versions.items() if name not in ("torch", "transformers")]
+        under = [f"{name} {version}" for name, version in versions.items() if name in ("torch", "transformers")]
+        found.append(", ".join(own) + (f" (with {', '.join(under)})" if under else ""))
+    return sorted(set(found))
+
+
+def arguments_of() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--data", type=Path, help="rows to calibrate on")
+    parser.add_argument("--eval", type=Path, dest="evaluation", help="held-out rows to score on")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=40_000, help="about so many held-out tokens are scored")
+    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--peers", default=",".join(TITLES), help="comma-separated; '' for gossamer alone")
+    parser.add_argument("--envs", type=Path, default=Path(".demo/peers"), help="where their environments are, or go")
+    parser.add_argument("--work", type=Path, default=Path(".demo/bench-llm"), help="where what was made is kept")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--out", type=Path, default=FILE, help="the file whose section is replaced")
+    parser.add_argument("--no-results", action="store_true", help="print the table, leave --out as it is")
+    parser.add_argument("--quick", action="store_true", help="one iteration each, results not written")
+    arguments = parser.parse_args()
+    if arguments.model is not None and (arguments.data is None or arguments.evaluation is None):
+        parser.error("--model needs --data and --eval")
+    arguments.peers = [name for name in arguments.peers.split(",") if name]
+    if unknown := sorted(set(arguments.peers) - set(TITLES)):
+        parser.error(f"unknown peers {', '.join(unknown)}; known are {', '.join(TITLES)}")
+    return arguments
 
 
 def main() -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=10_000, help="about so many held-out tokens are scored")
-    parser.add_argument("--kl-windows", type=int, default=6, help="windows with KL over the whole vocabulary")
-    arguments = parser.parse_args()
+    arguments = arguments_of()
     if arguments.model is None:
         print(NO_MODEL)
         return 0
-    if arguments.data is None or arguments.evaluation is None:
-        parser.error("--model needs --data and --eval")
     began = time.monotonic()
-    settings = {"context": arguments.context, "latency_tokens": min(32, arguments.context)}
-    contest = make_contest(arguments, "causal-lm", settings, None)
-    prepared = contest.prepared
-    windows = prepared.task.batches(prepared.calibration, prepared.source)
-    evenly = [windows[i * len(windows) // arguments.calibration_rows] for i in range(arguments.calibration_rows)]
-    entries, skipped = build_all(contest, contenders(), arguments, [batch.inputs for batch in evenly])
-    batches = held_out(contest, arguments.max_tokens)
-    divergence = Divergence(min(arguments.kl_windows, len(batches)))
-    say("scoring the original")
-    with contest.serve_original() as original:
-        reference = prepared.task.evaluate(divergence.keeping(original.run), batches)
-    own = score_interval(reference.scores, prepared.task.metric.figure)
-    first = ["PyTorch fp32 (the original)", megabytes(shipped_bytes(weight_files(arguments.model)))]
-    first += [f"{own.value:.3f}", "", "", "", "", ""]
-    rows = [row_of(contest, entry, batches, reference, divergence) for entry in entries]
-    tokens = int(sum(reference.scores.weights))
-    body = [table(HEADINGS, [first, *rows])]
-    body.append(
-        f"{len(batches)} windows of {arguments.context} tokens, {tokens:,} tokens scored; KL on the first "
-        f"{divergence.num_windows}. Peak MB is of the process that makes the files; for gossamer it includes the check."
+    settings = {"context": arguments.context}
+    wish = Prepare(
+        model=arguments.model,
+        task="causal-lm",
+        data=arguments.data,
+        evaluation=arguments.evaluation,
+        task_settings=settings,
+        calibration_rows=arguments.calibration_windows,
+        evaluation_rows=None,
     )
-    body += [f"Left out: {line}." for line in skipped]
-    text = "\n\n".join(body)
+    work = (arguments.work / arguments.model.name).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    contest = Contest(prepare(wish), settings, arguments.threads, work)
+    windows = held_out(contest, arguments.context, arguments.max_tokens)
+    calibration = calibration_windows(contest, arguments.context, arguments.calibration_windows)
+    np.save(work / "calibration.npy", calibration)
+    np.savez(work / "evaluation.npz", windows=windows)
+    inputs = Inputs(
+        model=arguments.model.resolve(),
+        fingerprint=contest.prepared.source.fingerprint,
+        calibration=work / "calibration.npy",
+        evaluation=work / "evaluation.npz",
+        envs=arguments.envs.resolve(),
+        work=work,
+        threads=arguments.threads,
+        quick=arguments.quick,
+    )
+    outcomes = [outcome for tool in arguments.peers for outcome in run_tool(tool, inputs, arguments.only)]
+    material = Material(
+        model=str(inputs.model),
+        graph=None,
+        inputs="",
+        data=str(arguments.data.resolve()),
+        evaluation=str(arguments.evaluation.resolve()),
+        task=contest.prepared.task.name,
+        task_settings=settings,
+        calibration_rows=arguments.calibration_windows,
+    )
+    own = [peer for peer in ours(len(calibration), arguments.quick) if wanted(peer, arguments.only)]
+    outcomes += [run_ours(contest, peer, material, windows) for peer in own]
+    shapes = (
+        f"{len(windows)} windows of {arguments.context} tokens scored ({windows[:, 1:].size:,} tokens), "
+        f"{len(calibration)} windows to calibrate on. Bounds are over windows."
+    )
+    text = text_of(outcomes, arguments.model, shapes)
     print(text)
-    if not arguments.no_results:
+    if not arguments.no_results and not arguments.quick:
         key = f"llm {arguments.model.name} {arguments.context}"
-        title = f"Language model {arguments.model.name}, weights only"
-        write_section(key, title, text, threads=contest.threads, seconds=time.monotonic() - began)
+        title = f"Language model {arguments.model.name}, weights only, beside tools in their own environments"
+        seconds = time.monotonic() - began
+        write_section(key, title, text, threads=arguments.threads, seconds=seconds, file=arguments.out)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Other tools that round the weights of a language model. One class a tool; its fields are what can be chosen.
 
 A tool that needs an environment of its own gets its class here too: `quantize` imports it inside, `--python NAME=PATH`
-names the interpreter, and `runtime` says which of our runtimes (or which class in peers.py) opens what it writes.
+names the interpreter, and `runtime` says which of our runtimes (or which class in peer.py) opens what it writes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers import GRAPH, IR, Material, Peer
+from peer import GRAPH, IR, Material, Peer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class OnnxNBits(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain session."""
-        return "peers:OnnxFile"
+        return "peer:OnnxFile"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write model.onnx."""
@@ -76,7 +76,7 @@ class NncfWeights(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain compiled model."""
-        return "peers:OpenVinoFile"
+        return "peer:OpenVinoFile"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write the IR."""

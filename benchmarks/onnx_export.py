@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from peers import EXPORTED, GRAPH, Material, Peer
+from peer import EXPORTED, GRAPH, Material, Peer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OnnxFloat32(Peer):
     @property
     def runtime(self) -> str:
         """Return the plain session."""
-        return "peers:OnnxFile"
+        return "peer:OnnxFile"
 
     def quantize(self, material: Material, out: Path) -> None:
         """Write model.onnx."""

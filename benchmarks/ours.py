@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peers import EXPORTED, Material, Peer
+from peer import EXPORTED, Material, Peer
 
 CHECKED_ROWS = 8  # on so many held-out rows the re-opened artifact must compute what was computed in memory
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TORCH = "torch==2.13.0"
 COMMON = ("numpy", "safetensors", "setuptools", "wheel")
@@ -61,7 +62,7 @@ def build_llama_tools(folder: Path, jobs: int) -> None:
     switches = ("LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
     switches += ("LLAMA_BUILD_SERVER=OFF", "LLAMA_BUILD_TOOLS=ON", "BUILD_SHARED_LIBS=ON", "CMAKE_BUILD_TYPE=Release")
     _run(folder, ["cmake", "-S", str(llama), "-B", str(build), *(f"-D{switch}" for switch in switches)])
-    wanted = ("llama-quantize", "llama-imatrix", "mtmd")
+    wanted = ("llama-quantize", "llama-imatrix")
     _run(folder, ["cmake", "--build", str(build), "-j", str(jobs), "--target", *wanted])
 
 
@@ -73,7 +74,10 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "llmcompressor": Environment((("llmcompressor==0.14.0.1",),)),
     "gptqmodel": Environment(((ACCELERATE, "gptqmodel==7.7.0"),)),
     "llamacpp": Environment(
-        ((TRANSFORMERS, "gguf==0.19.0", "sentencepiece", "scikit-build-core", "cmake"), ("--no-build-isolation", LLAMA)),
+        (
+            (TRANSFORMERS, "gguf==0.19.0", "sentencepiece", "scikit-build-core", "cmake"),
+            ("--no-build-isolation", LLAMA),
+        ),
         {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"},
         build_llama_tools,
     ),
@@ -85,10 +89,15 @@ def python_of(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
+def asked_of(name: str) -> dict[str, Any]:
+    """Return what the environment `name` is made from, as JSON values."""
+    return {"torch": TORCH, "calls": [list(call) for call in ENVIRONMENTS[name].calls]}
+
+
 def make(name: str, folder: Path, jobs: int, *, again: bool = False) -> None:
     """Make the environment `name` in `folder`, unless an earlier call did. Raises EnvironmentFailed."""
     environment = ENVIRONMENTS[name]
-    asked = {"torch": TORCH, "calls": [list(call) for call in environment.calls]}
+    asked = asked_of(name)
     made, failed = folder / MADE, folder / FAILED
     if not again and made.exists() and json.loads(made.read_text())["asked"] == asked:
         return

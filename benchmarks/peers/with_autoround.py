@@ -29,7 +29,11 @@ def quantize(job: Job) -> None:
 
     network = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
     windows = job.calibration_NT
-    picked = windows[[i * len(windows) // NUM_SAMPLES for i in range(NUM_SAMPLES)]] if len(windows) > NUM_SAMPLES else windows
+    picked = (
+        windows[[i * len(windows) // NUM_SAMPLES for i in range(NUM_SAMPLES)]]
+        if len(windows) > NUM_SAMPLES
+        else windows
+    )
     rounding = AutoRound(
         network,
         AutoTokenizer.from_pretrained(job.model),
