@@ -2,11 +2,11 @@
 
 For a window of T + 1 tokens, p the original's and q the candidate's distribution of each of the T next tokens:
 
-    loss = -sum_t log q_t(token_t)      KL = sum_t sum_v p_t(v) (log p_t(v) - log q_t(v))      agree = sum_t [same argmax]
+    loss = -sum_t log q_t(token_t)    KL = sum_t sum_v p_t(v) (log p_t(v) - log q_t(v))    agree = sum_t [same argmax]
 
 in nats, over the whole vocabulary, in float64. Sums are kept by window, so that bounds can be had over windows:
 
-    perplexity = exp(sum of loss / tokens)      mean KL = sum of KL / tokens      top-1 agreement = sum of agree / tokens
+    perplexity = exp(sum of loss / tokens)    mean KL = sum of KL / tokens    top-1 agreement = sum of agree / tokens
 
 The original's logits are computed again beside the candidate's, one window at a time: nothing large is stored, and no
 bucket stands for a part of the vocabulary. Needs numpy and torch alone, so it runs in every peer's environment.
