@@ -94,6 +94,7 @@ docs: $(DOCS_READY)  ## build the documentation into site/
 bench: $(BENCH_READY) $(ENCODER)  ## measure beside other tools; writes benchmarks/RESULTS.md
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/era/finetune.py $(ENCODER) .demo/minilm-era
 	$(BIN)/python benchmarks/encoder.py
+	$(BIN)/python benchmarks/llm_graphs.py $(LLM)
 	$(BIN)/python benchmarks/llm.py $(LLM)
 
 # ---------------------------------------------------------------- the demo: real encoder, real text, one goal

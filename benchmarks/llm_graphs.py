@@ -1,6 +1,6 @@
-"""Language models with rounded weights: this tool beside ONNX Runtime's and NNCF's weight compression.
+"""Language models with rounded weights on an exported graph: this tool beside ONNX Runtime and NNCF.
 
-    python benchmarks/llm.py --model DIR --data calibration.jsonl --eval test.jsonl --context 512 --max-tokens 10000
+    python benchmarks/llm_graphs.py --model DIR --data calibration.jsonl --eval test.jsonl --context 512 --max-tokens 10000
 
 Windows of `--context` tokens are taken evenly from all held-out documents. Every artifact is made in a process of its
 own (seconds, peak memory) and opened in another, which scores the windows: perplexity, the share of it kept (paired,
@@ -37,10 +37,10 @@ WEIGHT_SUFFIXES = {".safetensors", ".onnx", ".data", ".bin", ".xml", ".gguf", ".
 HEADINGS = (
     "", "weights MB", "perplexity", "quality kept", "KL, nats a token", "same top token", "made in s", "peak MB",
 )  # fmt: skip
-NO_MODEL = """llm.py: skipped, no --model was given. Any Hugging Face folder of a causal language model will do:
+NO_MODEL = """llm_graphs.py: skipped, no --model was given. Any Hugging Face folder of a causal language model will do:
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir .demo/smollm2
 with rows of text (jsonl with a `text` column) for --data and --eval:
-    python benchmarks/llm.py --model .demo/smollm2 --data calibration.jsonl --eval test.jsonl"""
+    python benchmarks/llm_graphs.py --model .demo/smollm2 --data calibration.jsonl --eval test.jsonl"""
 
 
 def contenders() -> list[Peer]:
@@ -197,8 +197,8 @@ def main() -> int:
     text = "\n\n".join(body)
     print(text)
     if not arguments.no_results:
-        key = f"llm {arguments.model.name} {arguments.context}"
-        title = f"Language model {arguments.model.name}, weights only"
+        key = f"llm-graphs {arguments.model.name} {arguments.context}"
+        title = f"Language model {arguments.model.name}, weights only, on an exported graph"
         write_section(key, title, text, threads=contest.threads, seconds=time.monotonic() - began)
     return 0
 

@@ -76,8 +76,8 @@ def run(
     """Carry out the command line with one tool's functions; return the exit status.
 
     `quantize` makes files and times itself with `job.timed()`; `reopen` returns token ids [tokens] -> logits
-    [tokens, V] from the files alone. `packages` are those whose versions the result names. `with_torch` False: quantizing goes
-    without torch, whose memory would count.
+    [tokens, V] from the files alone. `packages` are those whose versions the result names. `with_torch` False:
+    quantizing goes without torch, whose memory would count.
     """
     arguments = _arguments(recipes)
     work: Path = arguments.work

@@ -29,11 +29,8 @@ def quantize(job: Job) -> None:
 
     network = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
     windows = job.calibration_NT
-    picked = (
-        windows[[i * len(windows) // NUM_SAMPLES for i in range(NUM_SAMPLES)]]
-        if len(windows) > NUM_SAMPLES
-        else windows
-    )
+    count = min(len(windows), NUM_SAMPLES)
+    picked = windows[[index * len(windows) // count for index in range(count)]]
     rounding = AutoRound(
         network,
         AutoTokenizer.from_pretrained(job.model),

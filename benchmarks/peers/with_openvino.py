@@ -43,19 +43,17 @@ def converted(job: Job) -> Any:
     network = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, attn_implementation="eager").eval()
 
     class Plain(torch.nn.Module):
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = network_of(self)(input_ids=input_ids, use_cache=False).logits
+            logits: torch.Tensor = self.network(input_ids=input_ids, use_cache=False).logits
             return logits
 
-    def network_of(plain: torch.nn.Module) -> Any:
-        return plain.network
-
-    plain = Plain()
-    plain.network = network
     ids = torch.from_numpy(job.calibration_NT[:1])
     with torch.inference_mode():
-        exported = torch.export.export(plain, (ids,), strict=False)
-    graph = ov.convert_model(exported)
+        graph = ov.convert_model(torch.export.export(Plain(network), (ids,), strict=False))
     graph.input(0).set_names({"input_ids"})
     return graph
 
