@@ -1,6 +1,6 @@
 """Language models with rounded weights on an exported graph: this tool beside ONNX Runtime and NNCF.
 
-    python benchmarks/llm_graphs.py --model DIR --data calibration.jsonl --eval test.jsonl --context 512 --max-tokens 10000
+    python benchmarks/llm_graphs.py --model DIR --data calibration.jsonl --eval test.jsonl --max-tokens 10000
 
 Windows of `--context` tokens are taken evenly from all held-out documents. Every artifact is made in a process of its
 own (seconds, peak memory) and opened in another, which scores the windows: perplexity, the share of it kept (paired,
