@@ -59,7 +59,7 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
         Gossamer("torch", ({"quantize": {"bits": 8}}, embedding), "int8", rows=False),
         Gossamer("torch", ({"quantize": {"bits": 4, **grid}}, embedding), "int4 g64, nearest", rows=False),
     ]
-    for bits in (4, 3):
+    for bits in (8, 5, 4, 3, 2):
         found.append(Gossamer("torch", ({"gptq": {"bits": bits, **calibrated}}, embedding), f"int{bits} g64, gptq"))
     for bits, num_steps in [(4, num_steps) for num_steps in steps] + [(3, steps[-1]), (2, steps[-1])]:
         settings = {"bits": bits, **calibrated, "steps": num_steps}
