@@ -1,4 +1,4 @@
-"""Kill `gossamer optimize` at twenty moments of its run: the same command finishes with the same bytes."""
+"""Kill `gossamer optimize` at twenty moments and a `gptq` sweep at thirty: the same command ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from gossamer.runtimes.manifest import CARD
 COMMAND = Path(__file__).parent / "brief_gossamer.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(gossamer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 GOAL = "quality >= 97%, size <= 45%"  # nothing in it hangs on a latency, so the same recipe is chosen every time
-NUM_KILLS = 20
+RECIPE = """
+- gptq: {bits: 4, group_size: 16, targets: [q, k, v, o, up, down]}
+- quantize: {bits: 8, targets: [embedding]}
+"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -38,11 +41,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(tiny: Path, out: Path) -> subprocess.Popen[str]:
+@dataclass(frozen=True)
+class Verb:
+    """Say what is killed how often: the words of a command, the kinds of its steps whose bytes must be the same."""
+
+    words: tuple[str, ...]
+    kills: int
+    kinds: tuple[str, ...]
+
+
+OPTIMIZE = Verb(("optimize", "MODEL", "--goal", GOAL, "--runtime", "onnxruntime"), 20, ("artifact", "unchanged"))
+APPLY = Verb(("apply", "RECIPE", "MODEL", "--runtime", "torch"), 30, ("artifact", "block"))
+
+
+def start(tiny: Path, out: Path, verb: Verb = OPTIMIZE) -> subprocess.Popen[str]:
+    (tiny / "recipe.yaml").write_text(RECIPE)
+    places = {"MODEL": str(tiny / "model"), "RECIPE": str(tiny / "recipe.yaml")}
     words = [
-        *("optimize", str(tiny / "model"), "--task", "text-classification", "--goal", GOAL, "--out", str(out)),
+        *(places.get(word, word) for word in verb.words),
+        *("--task", "text-classification", "--out", str(out)),
         *("--data", str(tiny / "train.jsonl"), "--eval", str(tiny / "test.jsonl")),
-        *("--runtime", "onnxruntime", "--threads", "1", "--calibration-rows", "24", "--quiet"),
+        *("--threads", "1", "--calibration-rows", "24", "--quiet"),
     ]
     return subprocess.Popen(
         [sys.executable, str(COMMAND), *words], env=ENVIRONMENT, text=True,
@@ -52,8 +71,8 @@ def start(tiny: Path, out: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(tiny: Path, out: Path) -> None:
-    process = start(tiny, out)
+def finish(tiny: Path, out: Path, verb: Verb) -> None:
+    process = start(tiny, out, verb)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
 
@@ -77,25 +96,25 @@ class Moment:
     after: float
 
 
-def spread_moments(entries: list[Entry], started_at: float, draw: random.Random) -> list[Moment]:
+def spread_moments(entries: list[Entry], started_at: float, draw: random.Random, kills: int) -> list[Moment]:
     """Return moments spread evenly at random over an uninterrupted run, in order."""
     begun = [(datetime.fromisoformat(e["time"]).timestamp(), e) for e in entries if e["event"] == "started"]
     last = datetime.fromisoformat(entries[-1]["time"]).timestamp()
     moments = []
-    for seconds in sorted(draw.uniform(started_at, last + 0.2) for _ in range(NUM_KILLS)):
+    for seconds in sorted(draw.uniform(started_at, last + 0.2) for _ in range(kills)):
         before = [(at, entry) for at, entry in begun if at <= seconds]
         at, entry = before[-1] if before else (started_at, {"key": "", "kind": "start"})
         moments.append(Moment(entry["key"], entry["kind"], seconds - at))
     return moments
 
 
-def kill_at(tiny: Path, out: Path, moment: Moment) -> bool:
+def kill_at(tiny: Path, out: Path, moment: Moment, verb: Verb) -> bool:
     """Start the command, kill it at that moment (or where it then is, when the step is done), and see its children die.
 
     Returns whether it was killed: False when it had ended before.
     """
     seen = len(journal(out)) if out.exists() else 0
-    process = start(tiny, out)
+    process = start(tiny, out, verb)
     reached = not moment.key
     while not reached and process.poll() is None:
         reached = any(entry.get("key") == moment.key for entry in journal(out)[seen:]) if out.exists() else False
@@ -132,26 +151,19 @@ def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """Run the command to its end; return its folder and when it was started."""
-    out = tmp_path_factory.mktemp("uninterrupted") / "build"
-    started_at = time.time()
-    finish(tiny, out)
-    return out, started_at
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for orphans in /proc")
-def test_killed_twenty_times_it_ends_with_the_same_bytes_and_builds_nothing_twice(
-    tiny: Path, tmp_path: Path, uninterrupted: tuple[Path, float]
+@pytest.mark.parametrize("verb", [OPTIMIZE, APPLY], ids=["optimize", "gptq"])
+def test_killed_at_many_moments_it_ends_with_the_same_bytes_and_builds_nothing_twice(
+    tiny: Path, tmp_path: Path, verb: Verb
 ) -> None:
-    expected, started_at = uninterrupted
-    out = tmp_path / "build"
-    moments = spread_moments(journal(expected), started_at, random.Random(20))
-    killed = [kill_at(tiny, out, moment) for moment in moments]
-    finish(tiny, out)
-    assert sum(killed) >= NUM_KILLS - 2  # the last moments may fall behind the end of a faster run
-    assert len({moment.kind for moment in moments}) >= 5
+    expected, out = tmp_path / "uninterrupted", tmp_path / "build"
+    started_at = time.time()
+    finish(tiny, expected, verb)
+    moments = spread_moments(journal(expected), started_at, random.Random(20), verb.kills)
+    killed = [kill_at(tiny, out, moment, verb) for moment in moments]
+    finish(tiny, out, verb)
+    assert sum(killed) >= verb.kills - 2  # the last moments may fall behind the end of a faster run
+    assert len({moment.kind for moment in moments}) >= 3
     assert artifact(out) == artifact(expected)
     assert not any((out / "scratch").iterdir())
     finished: set[str] = set()
@@ -162,7 +174,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes_and_builds_nothing_twic
     assert set(Counter(e["key"] for e in journal(out) if e["event"] == "finished").values()) == {1}
     assert finished == {e["key"] for e in journal(expected) if e["event"] == "finished"}
     for entry in journal(expected):  # what is measured differs; what is built does not
-        if entry["event"] == "finished" and entry["kind"] in ("artifact", "unchanged"):
+        if entry["event"] == "finished" and entry["kind"] in verb.kinds:
             step = Path(entry["folder"])
             names = [name for name in files_below(out / step) if name != "result.json"]
             assert {n: hash_file(out / step / n) for n in names} == {n: hash_file(expected / step / n) for n in names}
