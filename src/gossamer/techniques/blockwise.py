@@ -40,7 +40,7 @@ from gossamer.models.roles import ModelMap, Stack
 from gossamer.models.walker import Call, Output, Stream, Walker, block_keys, hidden_states
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
-from gossamer.techniques.quantize.moments import Drift, Moments, has_moments, layer_inputs
+from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.sweep_memory import SweepMemory
 
 BLOCK_VALUE_BYTES = 4 + 2  # of a weight of the block at hand: its value, its codes and those of plain rounding
@@ -80,45 +80,6 @@ def observe(layers: Mapping[str, nn.Module], passes: Iterator[Any]) -> dict[str,
     return found
 
 
-def observe_drift(
-    layers: Mapping[str, nn.Module], pairs: Iterator[tuple[Callable[[], Any], Callable[[], Any]]]
-) -> tuple[dict[str, Moments], dict[str, Drift]]:
-    """Return the moments of the live inputs of some layers, and how these have drifted from the reference's.
-
-    Each pair runs one sample in the reference, then live. Layers that read one and the same tensor share what is found.
-    """
-    moments: dict[str, Moments] = {}
-    drifts: dict[str, Drift] = {}
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for name, layer in layers.items():
-
-            def note(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                seen[name] = inputs[0]
-
-            handle = layer.register_forward_pre_hook(note)
-            hooks.callback(handle.remove)
-        for reference, live in pairs:
-            passes = []
-            for run in (reference, live):
-                seen.clear()
-                run()
-                passes.append(dict(seen))
-            before, after = passes
-            leaders: dict[tuple[int, str], str] = {}
-            for name in [name for name in layers if name in before and name in after]:
-                leader = leaders.setdefault((id(after[name]), _patches(layers[name])), name)
-                if leader != name and moments.setdefault(name, moments[leader]) is moments[leader]:
-                    drifts[name] = drifts[leader]
-                    continue
-                x, live_x = (layer_inputs(layers[name], part[name]) for part in (before, after))
-                if name not in moments:
-                    moments[name], drifts[name] = Moments.empty(live_x.shape[-1]), Drift.empty(live_x.shape[-1])
-                moments[name].add(live_x)
-                drifts[name].add(x, live_x)
-    return moments, drifts
-
-
 def _patches(layer: nn.Module) -> str:
     """Return what tells apart how layers cut one input into rows."""
     if not isinstance(layer, nn.Conv2d):
@@ -145,23 +106,6 @@ class Block:
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
     replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
     notes: list[str] = field(default_factory=list)
-    reference_calls: Sequence[Call] = ()  # what the block is called with in the unrounded model, where that is known
-
-    def moments_and_drift(self) -> tuple[dict[str, Moments], dict[str, Drift]]:
-        """Return the moments of each decided layer's input, and how it has drifted from the unrounded model's.
-
-        Without drift where the reference's calls are not known. Called before anything in the block is replaced: both
-        passes go through its original weights.
-        """
-        if len(self.reference_calls) < len(self.calls) or not self.calls:
-            return self.moments(), {}
-        owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.decisions}
-        pairs = (
-            (partial(before, self.module), partial(after, self.module))
-            for before, after in zip(self.reference_calls, self.calls, strict=True)
-        )
-        with self.in_memory():
-            return observe_drift({name: layer for name, layer in owners.items() if has_moments(layer)}, pairs)
 
     def moments(self) -> dict[str, Moments]:
         """Return the moments of each decided layer's input, by parameter, from one pass over the samples.
@@ -255,13 +199,12 @@ class BlockTechnique(Technique):
             rows, inputs = layer.shape[0], torch.Size(layer.shape[1:]).numel()
             blocks[place] = blocks.get(place, 0) + BLOCK_VALUE_BYTES * layer.num_parameters
             if layer.role not in SHARED_INPUTS:
-                moments[place] = moments.get(place, 0) + (8 if self.fits_outputs else 4) * inputs**2
+                moments[place] = moments.get(place, 0) + 4 * inputs**2
             # the moments in float64, their factor, and the rows with what is subtracted from them
             solve = max(solve, (8 + 4) * inputs**2 + 16 * rows * inputs)
-        streams = 4 if self.fits_outputs else 2  # calls and outputs, live and of the reference
-        samples = streams * min(self.samples, num_samples) * sample_bytes
+        samples = min(self.samples, num_samples) * sample_bytes
         inside = max((blocks[place] + moments.get(place, 0) for place in blocks if place[0] is not None), default=0)
-        return max(inside + solve, super().working_bytes(model, num_samples, sample_bytes)) + samples
+        return max(inside + solve, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with every decided layer solved, block after block."""
@@ -359,7 +302,7 @@ class Sweep:
         wanted = list(self.walker.calls(stack, index, reference, gated))
         with block.in_memory():
             reference.outputs = [call(block.module) for call in wanted]
-        block.targets, block.reference_calls = reference.outputs, wanted
+        block.targets = reference.outputs
         finding = self.memory.load(stack.name, index, block)
         if finding is None:
             finding = self._solve(block)

@@ -19,7 +19,7 @@ from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
 from gossamer.techniques.blockwise import Block, BlockTechnique, plain_codes, token_error
 from gossamer.techniques.match import layers_matching
-from gossamer.techniques.quantize.gptq import gptq, made_up_for
+from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
@@ -27,7 +27,6 @@ from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.refit import refit_scales
 
 MIN_SAMPLES = 8
-FEEDBACK_DAMPING = 0.05  # of the mean second moment, in what makes up for drift
 
 
 class CalibratedGrid(BlockTechnique):
@@ -111,18 +110,12 @@ class Gptq(CalibratedGrid):
     order: Literal["none", "static"] = Field(
         "static", description="input channels as they stand, or the most excited first (groups stay where they are)"
     )
-    feedback: bool = Field(True, description="round towards the unrounded model's outputs, earlier errors made up for")
     refit: bool = Field(True, description="fit the scales to the codes that were found, by least squares on outputs")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
 
-    @property
-    def fits_outputs(self) -> bool:
-        """Say that the reference's way through the blocks is wanted for every sample, to see how inputs drift."""
-        return self.feedback
-
     def solve(self, block: Block) -> None:
         """Solve each layer from the second moments of its input; one without any is rounded plainly."""
-        moments, drift = block.moments_and_drift() if self.feedback else (block.moments(), {})
+        moments = block.moments()
         for parameter, decision in block.decisions.items():
             assert decision.weight is not None
             transposed = decision.layer.transposed
@@ -133,8 +126,6 @@ class Gptq(CalibratedGrid):
                 codes = quantize_weight(weight, decision.weight, scale="mse", transposed=transposed, name=parameter)
             else:
                 rows_OI, second_II = rows_of(weight, transposed), seen.second_II
-                if parameter in drift:
-                    rows_OI = made_up_for(rows_OI, second_II, drift[parameter].mean_II, FEEDBACK_DAMPING)
                 codes = gptq(
                     rows_OI,
                     second_II,

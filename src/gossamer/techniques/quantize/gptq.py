@@ -161,27 +161,6 @@ def _invert_and_factor(matrix_II: Tensor) -> bool:
     return True
 
 
-def made_up_for(weight_OI: Tensor, second_II: Tensor, drift_II: Tensor, damping: float) -> Tensor:
-    """Return the weights that come nearest to the unrounded model's outputs from inputs that have drifted, float32.
-
-    Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025, section 3: with x the
-    inputs in the unrounded model and x~ those that earlier rounding has changed, the least squares target is
-
-        W' = argmin E |W x - W' x~|^2 = W + W D (S + damping * mean(diag S) * I)^-1,        D = E (x - x~) x~^T
-
-    and rounding W' instead of W makes up for what was lost before. Without drift it is W. Damping keeps what few
-    tokens say about weak directions from being believed. Left out: the paper's correction inside the recursion, which
-    looks at each channel's own residual; the closed form above is its solution for free weights.
-    """
-    damped_II = second_II.double()
-    damped_II.diagonal().add_(damping * float(second_II.diagonal().double().mean()) + torch.finfo(torch.float32).tiny)
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if bool(failed):
-        return weight_OI.float()
-    change_OI = torch.cholesky_solve((weight_OI.float() @ drift_II).double().t(), lower_II).t()
-    return weight_OI.float() + change_OI.float()
-
-
 def output_error(weight_OI: Tensor, approximate_OI: Tensor, second_II: Tensor) -> float:
     """Return the mean squared error of the layer's output for one token, summed over its outputs."""
     difference_OI = (weight_OI - approximate_OI).double()

@@ -64,33 +64,6 @@ class Moments:
         return self._abs_sum_I / max(1, self.num_tokens)
 
 
-@dataclass
-class Drift:
-    """Hold how far a layer's inputs x~ have moved from those of the unrounded model, x: the mean of (x - x~) x~^T.
-
-    With it and the second moments of x~ the weights that make up for the movement are known in closed form.
-    """
-
-    num_tokens: int
-    _sum_II: Tensor
-
-    @classmethod
-    def empty(cls, num_inputs: int) -> Drift:
-        """Return a drift that has seen nothing."""
-        return cls(0, torch.zeros(num_inputs, num_inputs))
-
-    def add(self, reference: Tensor, live: Tensor) -> None:
-        """Take in the inputs [..., I] of one sample in both models."""
-        x_tI, live_tI = (part.detach().float().reshape(-1, part.shape[-1]) for part in (reference, live))
-        self._sum_II.addmm_((x_tI - live_tI).t(), live_tI)
-        self.num_tokens += len(live_tI)
-
-    @property
-    def mean_II(self) -> Tensor:
-        """Return the mean of (x - x~) x~^T, float32 [I, I]."""
-        return self._sum_II / max(1, self.num_tokens)
-
-
 def has_moments(layer: nn.Module) -> bool:
     """Say whether a layer multiplies one matrix by its inputs, so that second moments describe its error."""
     if isinstance(layer, nn.Conv2d):
