@@ -64,7 +64,7 @@ def modifiers(job: Job) -> list[Any]:
         return [GPTQModifier(**grid)]
     if method == "awq":
         leave_memory_unpinned()
-        return [AWQModifier(duo_scaling="both", n_grid=2 * job.iterations(10)), QuantizationModifier(**grid)]
+        return [AWQModifier(duo_scaling="both", n_grid=4 if job.quick else 20), QuantizationModifier(**grid)]
     return [QuantizationModifier(**grid)]
 
 
