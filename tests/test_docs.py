@@ -84,7 +84,7 @@ COMMANDS = [found for page in PAGES for found in commands(page)]
 
 
 def test_blocks_are_found_and_have_a_known_language() -> None:
-    assert {block.language for block in BLOCKS} <= {"bash", "python", "yaml"}
+    assert {block.language for block in BLOCKS} <= {"bash", "python", "text", "yaml"}
     assert min(len(of(language)) for language in ("bash", "python", "yaml")) >= 2
 
 

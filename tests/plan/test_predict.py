@@ -23,20 +23,20 @@ def test_nothing_done_predicts_the_unchanged_model(tables: Tables) -> None:
 
 
 def test_bytes_are_counted_layer_by_layer(tables: Tables) -> None:
-    # packed int32 words of codes, the shape as two int64, one float32 scale a row
-    up, down = 32 * 4 * 4 + 16 + 32 * 4, 16 * 8 * 4 + 16 + 16 * 4
+    # packed int32 words of codes, the shape as two int64, one float16 scale a row
+    up, down = 32 * 4 * 4 + 16 + 32 * 2, 16 * 8 * 4 + 16 + 16 * 2
     assert predict(tables, [INT8]).size_bytes == 20_000 - (2048 - up) - (2048 - down)
     # 4 bits: half the words; `down` has two groups of 16
-    up, down = 32 * 2 * 4 + 16 + 32 * 4, 16 * 4 * 4 + 16 + 16 * 2 * 4
+    up, down = 32 * 2 * 4 + 16 + 32 * 2, 16 * 4 * 4 + 16 + 16 * 2 * 2
     assert predict(tables, [INT4]).size_bytes == 20_000 - (2048 - up) - (2048 - down)
 
 
 def test_a_tied_weight_is_counted_once(tables: Tables) -> None:
-    embedding = 100 * 16 + 100 * 4  # codes as int8, one float32 scale a row; the head shares them
+    embedding = 100 * 16 + 100 * 2  # codes as int8, one float16 scale a row; the head shares them
     assert predict(tables, [ROWS]).size_bytes == 20_000 - (6400 - embedding)
 
 
-def test_a_cast_halves_what_has_no_codes_and_the_scales_of_what_has(tables: Tables) -> None:
+def test_a_cast_halves_what_has_no_codes(tables: Tables) -> None:
     assert predict(tables, [Cast()]).size_bytes == 20_000 - (6400 + 2048 + 2048 + 64) // 2
     up, down = 32 * 4 * 4 + 16 + 32 * 2, 16 * 8 * 4 + 16 + 16 * 2
     assert predict(tables, [INT8, Cast()]).size_bytes == 20_000 - 3200 - 32 - (2048 - up) - (2048 - down)

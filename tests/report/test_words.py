@@ -40,7 +40,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_shares_near_the_whole_keep_two_decimals() -> None:
     assert words.show_share(0.99826) == "99.83 %"
     assert words.show_share(0.2531) == "25.3 %"
-    assert words.show_share(math.nan) == "nan"
+    assert words.show_share(math.nan) == words.NONE
 
 
 def test_counts() -> None:
