@@ -18,7 +18,9 @@ freedom left to repair them, and fixes every group's grid from the original weig
 neighbouring inputs and a file needs no index of channels. `none` keeps the order and takes a group's grid from the
 weights as they are when the group is reached.
 
-Channels that no token excites (S_jj = 0) change nothing: they are rounded to the nearest and repair nothing.
+Channels that no token excites (S_jj = 0) change nothing: they are rounded to the nearest and repair nothing. Weights
+that are exactly zero when it starts stay so, since a mask must outlive it: what they were to make up for goes on to the
+free channels behind, as in SparseGPT (Frantar and Alistarh 2023, section 3.4).
 
 Invariants: with S a multiple of the identity the codes are those of round-to-nearest; every code lies in the grid; the
 result does not depend on `block`. Left out: recomputing grids in a permuted order, which needs an index per channel.
@@ -99,6 +101,7 @@ def gptq(
             scale_O, zero_O = grid[0][:, group], grid[1][:, group]
             weight_O = here_Ob[:, j]
             code_O = torch.clamp(torch.round(weight_O / scale_O) + zero_O, spec.low, spec.high)
+            code_O = torch.where(weight_OI[:, channel] == 0, zero_O, code_O)
             codes_OI[:, channel] = code_O
             error_O = (weight_O - (code_O - zero_O) * scale_O) / factor_bb[j, j]
             here_Ob[:, j + 1 :].addr_(error_O, factor_bb[j, j + 1 :], alpha=-1.0)

@@ -51,6 +51,7 @@ class _Learned:
     offset_OI: Tensor
     factor_OG: Tensor
     start: Quantized
+    free_OI: Tensor  # False where the weight is exactly zero: a mask outlives the learning
 
     @classmethod
     def of(cls, weight: Tensor, start: Quantized) -> _Learned:
@@ -73,6 +74,7 @@ class _Learned:
             offset_OI=torch.zeros_like(position_OI).requires_grad_(),
             factor_OG=torch.ones_like(start.scale, dtype=torch.float32).requires_grad_(),
             start=start,
+            free_OI=rows_OI != 0,
         )
 
     def codes_OI(self) -> Tensor:
@@ -94,7 +96,7 @@ class _Learned:
         assert self.offset_OI.grad is not None
         assert self.factor_OG.grad is not None
         with torch.no_grad():
-            self.offset_OI.add_(self.offset_OI.grad.sign(), alpha=-rate).clamp_(-0.5, 0.5)
+            self.offset_OI.add_(self.offset_OI.grad.sign() * self.free_OI, alpha=-rate).clamp_(-0.5, 0.5)
             self.factor_OG.add_(self.factor_OG.grad.sign(), alpha=-rate / (self.start.spec.high + 1))
             self.factor_OG.clamp_(SMALLEST_FACTOR, LARGEST_FACTOR)
         self.offset_OI.grad = self.factor_OG.grad = None

@@ -1,0 +1,112 @@
+"""The technique `sparsify`: single weights, or n of every m, are set to zero without training.
+
+A mask alone makes no file smaller and no runtime faster; it is what sparse kernels and stronger compression start from.
+Later steps keep it: a weight that is exactly zero stays so when it is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from gossamer.errors import RecipeError, TechniqueError
+from gossamer.models.quantized import rows_of
+from gossamer.models.roles import ModelMap
+from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.match import layers_matching
+from gossamer.techniques.prune.masks import check_pattern, kept, magnitude_scores, read_pattern, wanda_scores
+from gossamer.techniques.prune.sparsegpt import sparsegpt
+from gossamer.techniques.quantize.layers import num_inputs
+
+MIN_SAMPLES = 8
+
+
+class Sparsify(BlockTechnique):
+    """Set a share of each layer's weights to zero, block after block, the rest making up for it where `by` can.
+
+    In a recipe: `- sparsify: {sparsity: 0.5}` or `- sparsify: {pattern: "2:4"}`, before steps that round.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    family: ClassVar[str] = "prune"
+    needs: ClassVar[Needs] = Needs(
+        calibration_rows=MIN_SAMPLES,
+        roles=("linear",),
+        after=("rotate",),  # a turned residual stream has no zeros left
+        before=("quantize", "gptq", "learned_rounding", "awq", "cast"),
+    )
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="share of each layer's weights that become zero")
+    pattern: str = Field("", description="n:m, as in 2:4: n of every m neighbouring inputs stay; replaces `sparsity`")
+    by: Literal["sparsegpt", "wanda", "magnitude"] = Field(
+        "sparsegpt", description="which weights go, and (sparsegpt) how the others make up for them"
+    )
+    damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="roles, module names, patterns with * or re:... ; what is made sparse"
+    )
+    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_pattern(cls, text: str) -> str:
+        if text:
+            try:
+                read_pattern(text)
+            except TechniqueError as error:
+                raise ValueError(error.message) from error
+        return text
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return one decision for each linear layer inside a block.
+
+        Raises RecipeError for a pattern that matches nothing, TechniqueError for an n:m that does not divide.
+        """
+        ignored = {layer.name for layer in layers_matching(model, self.ignore, "ignore")} if self.ignore else set()
+        decisions = [
+            Decision(parameter=f"{layer.name}.weight", layer=layer)
+            for layer in layers_matching(model, self.targets, "targets")
+            if layer.kind == "linear" and layer.stack is not None and not layer.tied_to and layer.name not in ignored
+        ]
+        if not decisions:
+            raise RecipeError(
+                f"{self.name} matches no linear layer inside a block: targets {list(self.targets)}",
+                "loosen `targets` or `ignore`",
+            )
+        for decision in decisions:
+            if self.pattern:
+                check_pattern(read_pattern(self.pattern), num_inputs(decision.layer), decision.layer.name)
+        return decisions
+
+    def label(self) -> str:
+        """Return how much goes and by what: `sparsify 2:4 by wanda`."""
+        return f"{self.name} {self.pattern or f'{self.sparsity:.0%}'} by {self.by}"
+
+    def solve(self, block: Block) -> None:
+        """Make each decided layer sparse; one that no calibration token reached goes by magnitude."""
+        moments = {} if self.by == "magnitude" else block.moments()
+        pattern = read_pattern(self.pattern) if self.pattern else None
+        for parameter, decision in block.decisions.items():
+            transposed = decision.layer.transposed
+            weight, seen = block.weight(parameter), moments.get(parameter)
+            rows_OI = rows_of(weight.float(), transposed)
+            if seen is None or not seen.num_tokens:
+                if self.by != "magnitude":
+                    block.notes.append(f"{parameter} saw no calibration token and was cut by magnitude")
+                sparse_OI = rows_OI * kept(magnitude_scores(rows_OI), self.sparsity, pattern)
+            elif self.by == "wanda":
+                sparse_OI = rows_OI * kept(wanda_scores(rows_OI, seen.second_II), self.sparsity, pattern)
+            else:
+                sparse_OI = sparsegpt(
+                    rows_OI, seen.second_II, self.sparsity, pattern=pattern, damping=self.damping, name=parameter
+                )
+            values = sparse_OI.t() if transposed else sparse_OI
+            block.set_weight(parameter, values.reshape(weight.shape).contiguous())
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: a mask makes no file smaller and no runtime here faster, so no goal asks for it."""
+        yield from ()
