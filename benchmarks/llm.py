@@ -26,7 +26,7 @@ import numpy as np
 from build import BuildError, build_in_child
 from contest import Contest, Entry, megabytes, say, share, wanted
 from numpy.typing import NDArray
-from ours import Gossamer
+from ours import Gossamer, GossamerOfSize
 from peer import Material
 from peer_scripts import TITLES, Inputs, Outcome, run_tool, short
 from results import FILE, table, write_section
@@ -46,6 +46,7 @@ NO_MODEL = """llm.py: skipped, no --model was given. Any Hugging Face folder of 
     hf download HuggingFaceTB/SmolLM2-135M --local-dir .demo/models/smollm2-135m
 with rows of text (jsonl with a `text` column) for --data and --eval:
     python benchmarks/llm.py --model .demo/models/smollm2-135m --data calibration.jsonl --eval test.jsonl"""
+SIZES = (145, 105, 92, 75, 60)  # megabytes of all weights that mixed widths are chosen for
 Windows = NDArray[np.int64]
 
 
@@ -65,6 +66,9 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
         settings = {"bits": bits, **calibrated, "steps": num_steps}
         name = f"int{bits} g64, learned_rounding, {num_steps} steps"
         found.append(Gossamer("torch", ({"learned_rounding": settings}, embedding), name))
+    for name, settings in (("gptq", {}), ("learned_rounding", {"steps": steps[-1]})):
+        recipe = ({name: {"bits": 4, **calibrated, **settings}}, embedding)
+        found += [GossamerOfSize("torch", recipe, f"mixed g64, {name}", megabytes=size) for size in SIZES]
     return found
 
 

@@ -10,9 +10,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peer import EXPORTED, Material, Peer
+
+if TYPE_CHECKING:
+    from gossamer.plan.job import Job
+    from gossamer.techniques.base import Technique
 
 CHECKED_ROWS = 8  # on so many held-out rows the re-opened artifact must compute what was computed in memory
 
@@ -50,9 +54,7 @@ class Gossamer(Peer):
         """Write the artifact; return the seconds of the step that makes it (the check is not among them)."""
         from gossamer.plan.prepare import Inputs, identity, opened_job, prepare
         from gossamer.plan.proof import build_artifact, check_artifact
-        from gossamer.recipe import Recipe, Step
         from gossamer.run.workspace import Run
-        from gossamer.techniques.registry import resolve
 
         inputs = Inputs(
             model=material.model,
@@ -64,13 +66,11 @@ class Gossamer(Peer):
             calibration_rows=material.calibration_rows,
             evaluation_rows=CHECKED_ROWS,
         )
-        named = [(name, dict(settings)) for step in self.recipe for name, settings in step.items()]
-        recipe = Recipe(steps=tuple(Step(technique=name, settings=settings) for name, settings in named))
         folder, prepared = out / "run", prepare(inputs)
         with Run(folder, identity(inputs, prepared)) as run, opened_job(inputs, prepared, run) as job:
             if self.uses_graph and material.graph is not None:
                 shutil.copytree(Path(material.graph) / EXPORTED / "cache", job.request().cache, dirs_exist_ok=True)
-            built = build_artifact(job, tuple(resolve(recipe)))
+            built = build_artifact(job, self.steps(job))
             equivalence, tensors = check_artifact(job, built)
         wrong = [row.parameter for row in tensors if not row.agrees]
         if wrong or not equivalence.passed:
@@ -82,9 +82,49 @@ class Gossamer(Peer):
         shutil.rmtree(folder)
         return float(seconds)
 
+    def steps(self, job: Job) -> tuple[Technique, ...]:
+        """Return the recipe's techniques."""
+        from gossamer.recipe import Recipe, Step
+        from gossamer.techniques.registry import resolve
+
+        named = [(name, dict(settings)) for step in self.recipe for name, settings in step.items()]
+        recipe = Recipe(steps=tuple(Step(technique=name, settings=settings) for name, settings in named))
+        return tuple(resolve(recipe))
+
 
 @dataclass(frozen=True)
 class GossamerOnGraph(Gossamer):
     """The same for runtimes that start from the exported graph, handed over: its seconds count too."""
 
     uses_graph: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class GossamerOfSize(Gossamer):
+    """The same with the first step's widths chosen layer by layer, for files of at most `megabytes`."""
+
+    megabytes: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """Return its row's name."""
+        return f"**gossamer** {self.served_by}, {self.name}, to {self.megabytes:g} MB"
+
+    def steps(self, job: Job) -> tuple[Technique, ...]:
+        """Return the recipe's techniques, the first with widths for what the others leave. Raises ValueError."""
+        from gossamer.measure.size import shipped_bytes
+        from gossamer.plan.allocation import within
+        from gossamer.techniques.quantize.calibrated import CalibratedGrid
+
+        base, *others = super().steps(job)
+        total = shipped_bytes(job.source.shipped_files())
+        for decision in (decision for step in (base, *others) for decision in step.resolve(job.model)):
+            role, shape, stored = decision.layer.role, decision.layer.shape, job.source.stored_dtype(decision.parameter)
+            width = stored.itemsize if stored is not None else 4
+            total += job.runtime.stored_bytes(role, shape, decision.weight, width)
+            total -= job.runtime.stored_bytes(role, shape, None, width)
+        assert isinstance(base, CalibratedGrid)
+        mixed = within(job, base, base.resolve(job.model), 1e6 * self.megabytes - total)
+        if mixed is None:
+            raise ValueError(f"no widths reach {self.megabytes:g} MB: with those asked for it is {total / 1e6:.1f} MB")
+        return (mixed, *others)

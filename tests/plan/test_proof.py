@@ -12,7 +12,15 @@ import pytest
 from gossamer.plan.flow import _no_prediction
 from gossamer.plan.job import InMemory, Job
 from gossamer.plan.predict import Tables
-from gossamer.plan.proof import apply_steps, build_artifact, compare_outputs, compare_tensors, refused_by
+from gossamer.plan.proof import (
+    CHECKED_VALUES,
+    apply_steps,
+    build_artifact,
+    compare_outputs,
+    compare_tensors,
+    refused_by,
+    thinned,
+)
 from gossamer.plan.search import prove
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes import get_runtime
@@ -187,3 +195,13 @@ def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
     assert reason.startswith("bert.encoder.layer.0.attention.self.query: ")
     assert "not one per token" in reason
     assert refused_by(get_runtime("onnxruntime"), Quantize(activations="dynamic").resolve(job.model)) is None
+
+
+def test_only_so_many_rows_of_a_large_output_are_kept() -> None:
+    wide = np.arange(2 * 300 * 20_000, dtype=np.float32).reshape(2, 300, 20_000)
+    rows = thinned(wide)
+    assert rows.shape == (CHECKED_VALUES // 20_000, 20_000)
+    assert rows[0, 0] == 0
+    assert rows[-1, 0] > 0.9 * wide.max()
+    assert thinned(wide[:, :3]).shape == (6, 20_000)
+    assert thinned(np.ones((1, 2 * CHECKED_VALUES), np.float32)).shape == (1, 2 * CHECKED_VALUES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,14 @@ from gossamer.plan.job import Job, tensors_of
 from gossamer.plan.predict import Tables, predicted_bytes
 from gossamer.tasks.base import spread
 from gossamer.techniques.base import Decision, SearchSpace
-from gossamer.techniques.quantize.calibrated import Gptq
+from gossamer.techniques.quantize.calibrated import CalibratedGrid, Gptq
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 NUM_SAMPLES = 16
+Grid = TypeVar("Grid", bound=CalibratedGrid)
 SLACK = 0.002  # of the bound: configuration files and headers are not counted to the byte
 
 
@@ -43,18 +44,25 @@ def mixed_recipes(job: Job, goal: Goal, tables: Tables, space: SearchSpace) -> l
     if not bounds or base is None or job.budget is not None:
         return []
     bound = min(part.bound * tables.original.size_bytes if part.relative else part.bound for part in bounds)
-    decisions = base.resolve(job.model)
-    table = _table(job, base, decisions)
     found: list[Steps] = []
     for embeddings in ([], *([step] for step in Quantize.of_embeddings(space))):
         steps: Steps = (base, *embeddings)
         total = predicted_bytes(tables, [decision for step in steps for decision in step.resolve(job.model)])
-        sizes = _sizes(job, decisions)
-        fixed = total - int(sizes[np.arange(len(decisions)), WIDTHS.index(base.bits)].sum())
-        chosen = allocate(table, sizes, bound * (1 - SLACK) - fixed)
-        if chosen is not None and len(set(chosen)) > 1:
-            found.append((with_widths(base, decisions, [WIDTHS[index] for index in chosen]), *embeddings))
+        mixed = within(job, base, base.resolve(job.model), bound * (1 - SLACK) - total)
+        if mixed is not None and mixed.bits_of:
+            found.append((mixed, *embeddings))
     return found
+
+
+def within(job: Job, base: Grid, decisions: Sequence[Decision], extra: float) -> Grid | None:
+    """Return the step with widths for which its layers take at most `extra` bytes more (less, below 0) than they do.
+
+    `decisions` are the step's own. None when the narrowest widths do not reach that.
+    """
+    sizes = _sizes(job, decisions)
+    present = int(sizes[np.arange(len(decisions)), WIDTHS.index(base.bits)].sum())
+    chosen = allocate(_table(job, base, decisions), sizes, present + extra)
+    return None if chosen is None else with_widths(base, decisions, [WIDTHS[index] for index in chosen])
 
 
 def allocate(kl: NDArray[np.float64], sizes: NDArray[np.int64], budget: float) -> list[int] | None:
@@ -83,14 +91,14 @@ def allocate(kl: NDArray[np.float64], sizes: NDArray[np.int64], budget: float) -
     return [int(index) for index in result.x.reshape(kl.shape).argmax(axis=1)]
 
 
-def with_widths(base: Gptq, decisions: Sequence[Decision], widths: Sequence[int]) -> Gptq:
+def with_widths(base: Grid, decisions: Sequence[Decision], widths: Sequence[int]) -> Grid:
     """Return the step with these widths: the commonest as `bits`, the others by name."""
     names: dict[int, list[str]] = {}
     for decision, bits in zip(decisions, widths, strict=True):
         names.setdefault(bits, []).append(decision.layer.name)
     commonest = max(names, key=lambda bits: len(names[bits]))
     others = tuple((bits, tuple(sorted(names[bits]))) for bits in sorted(names, reverse=True) if bits != commonest)
-    return Gptq.model_validate({**base.model_dump(), "bits": commonest, "bits_of": others})
+    return type(base).model_validate({**base.model_dump(), "bits": commonest, "bits_of": others})
 
 
 def _base(space: SearchSpace) -> Gptq | None:
@@ -116,7 +124,7 @@ def _sizes(job: Job, decisions: Sequence[Decision]) -> NDArray[np.int64]:
     return np.array(rows, dtype=np.int64)
 
 
-def _table(job: Job, base: Gptq, decisions: Sequence[Decision]) -> NDArray[np.float64]:
+def _table(job: Job, base: CalibratedGrid, decisions: Sequence[Decision]) -> NDArray[np.float64]:
     """Return the predicted divergence of every layer at every width [M, B]; one without moments counts by its error."""
 
     def build(_: Path) -> list[list[float]]:
@@ -144,5 +152,7 @@ def _table(job: Job, base: Gptq, decisions: Sequence[Decision]) -> NDArray[np.fl
                 advance(1)
         return rows
 
-    inputs: dict[str, Any] = job.step_inputs(rows=job.prints["calibration"], grid=base.entry(), seed=job.seed)
+    # what is rounded and how far: the technique's other settings change nothing here
+    grid = [[decision.parameter, str(decision.weight)] for decision in decisions]
+    inputs: dict[str, Any] = job.step_inputs(rows=job.prints["calibration"], grid=grid, seed=job.seed)
     return np.array(job.run.step("sensitivity", inputs, build).value, dtype=np.float64)

@@ -31,6 +31,7 @@ from gossamer.techniques.registry import recipe_of
 
 NUM_CHECKED_BATCHES = 8
 NUM_STREAMED_BATCHES = 2  # of a model that is read from disk for each pass
+CHECKED_VALUES = 1 << 21  # of one output that is compared, whole rows of its last axis
 EXACT_TOLERANCE = 1e-3  # float arithmetic in another order: 1e-6 to 1e-4 was seen
 CAST_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # a runtime may compute in 16 bits too: about ten of the format's steps
 INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by a step; see docs/concepts/proof.md
@@ -95,9 +96,19 @@ def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
         with job.progress.stage(f"outputs to compare with: {kind}", len(batches)) as advance:
             for index, (batch, found) in enumerate(zip(batches, job.computed(model, batches), strict=True)):
                 arrays |= {f"{index}.input.{name}": np.ascontiguousarray(v) for name, v in batch.inputs.items()}
-                arrays[f"{index}.{kind}"] = found[output]
+                arrays[f"{index}.{kind}"] = thinned(found[output])
                 advance(1)
     return arrays
+
+
+def thinned(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the last axis' rows [N, C] of an output, evenly spread and so few that CHECKED_VALUES are not exceeded.
+
+    A language model's logits for 8 windows of 2048 tokens and 128,000 words would be 8 GB.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    count = max(1, CHECKED_VALUES // rows.shape[1])
+    return np.ascontiguousarray(rows[[i * len(rows) // count for i in range(count)]] if len(rows) > count else rows)
 
 
 def _decision_json(decision: Decision) -> dict[str, Any]:
@@ -148,7 +159,7 @@ def compare_outputs(
     prefixes = [f"{index}.input." for index in indices]
     inputs = [{n.removeprefix(p): v for n, v in arrays.items() if n.startswith(p)} for p in prefixes]
     for index, outputs in zip(indices, run_all(inputs), strict=True):
-        found.append(outputs[job.task.output].astype(np.float64))
+        found.append(thinned(outputs[job.task.output]).astype(np.float64))
         decided.append(arrays[f"{index}.decided"].astype(np.float64))
         original.append(arrays[f"{index}.original"].astype(np.float64))
     spread = _rms(*(values - values.mean() for values in decided)) or 1.0

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -184,6 +184,27 @@ class BlockTechnique(Technique):
         Layers outside of all blocks come last, as one Block without calls and targets.
         """
 
+    def plain_codes(self, block: Block, parameters: Iterable[str] | None = None) -> dict[str, Quantized]:
+        """Return round-to-nearest codes for a block's decided parameters (default: all of them).
+
+        What a solver falls back to, and what its blocks are compared with.
+        """
+        found = {}
+        for parameter in block.decisions if parameters is None else parameters:
+            decision = block.decisions[parameter]
+            if decision.weight is not None:
+                transposed = decision.layer.transposed
+                weight = self.without_samples(block.weight(parameter), transposed)
+                found[parameter] = quantize_weight(
+                    weight, decision.weight, scale="mse", transposed=transposed, name=parameter
+                )
+        return found
+
+    def without_samples(self, weight: Tensor, transposed: bool) -> Tensor:
+        """Return what becomes of a weight before it is rounded plainly: itself, unless the recipe takes some out."""
+        del transposed
+        return weight
+
     @property
     def fits_outputs(self) -> bool:
         """Say whether `solve` wants the reference outputs of every sample."""
@@ -321,7 +342,7 @@ class Sweep:
         before = {parameter: values.clone() for parameter, values in before.items()}
         gate = replace(block, calls=block.calls[:NUM_GATED], targets=block.targets[:NUM_GATED])
         plain_error = None
-        plain = plain_codes(block)
+        plain = self.technique.plain_codes(block)
         if plain:
             for parameter, codes in plain.items():
                 self.candidate.set_quantized(parameter, codes)
@@ -356,18 +377,3 @@ class Sweep:
         if self.memory.load("", 0, rest) is None:
             self.technique.solve(rest)
             self.memory.save("", 0, rest, {"notes": rest.notes})
-
-
-def plain_codes(block: Block) -> dict[str, Quantized]:
-    """Return round-to-nearest codes for every decided parameter of a block."""
-    return {
-        parameter: quantize_weight(
-            block.weight(parameter),
-            decision.weight,
-            scale="mse",
-            transposed=decision.layer.transposed,
-            name=parameter,
-        )
-        for parameter, decision in block.decisions.items()
-        if decision.weight is not None
-    }

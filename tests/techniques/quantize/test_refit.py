@@ -64,7 +64,8 @@ def test_pieces_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch)
     start = gptq(weight_OI, second_II, GRIDS[0])
     whole = refit_scales(weight_OI, second_II, start)
     monkeypatch.setattr(refit, "SYSTEM_ELEMENTS", 32)
-    assert torch.equal(refit_scales(weight_OI, second_II, start).scale, whole.scale)
+    pieces = refit_scales(weight_OI, second_II, start)
+    torch.testing.assert_close(pieces.scale, whole.scale, rtol=2e-3, atol=0)  # two float16 steps: sums in another order
 
 
 def test_groups_without_steps_and_inputs_without_signal_are_harmless() -> None:

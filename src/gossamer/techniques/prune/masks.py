@@ -13,8 +13,10 @@ Shape suffixes: O rows, I inputs, m weights of one pattern.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from gossamer.errors import TechniqueError
@@ -32,6 +34,18 @@ def read_pattern(text: str) -> Pattern:
     if not (colon and first.isdigit() and second.isdigit() and 0 < int(first) < int(second)):
         raise TechniqueError(f"pattern {text!r} is not n:m with 0 < n < m", "write for example 2:4")
     return int(first), int(second)
+
+
+def _pattern_or_nothing(text: str) -> str:
+    if text:
+        try:
+            read_pattern(text)
+        except TechniqueError as error:
+            raise ValueError(error.message) from error
+    return text
+
+
+PatternText = Annotated[str, AfterValidator(_pattern_or_nothing)]  # of a recipe's setting: n:m, or nothing
 
 
 def check_pattern(pattern: Pattern, num_inputs: int, name: str) -> None:

@@ -9,16 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from gossamer.errors import RecipeError, TechniqueError
+from gossamer.errors import RecipeError
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.match import layers_matching
-from gossamer.techniques.prune.masks import check_pattern, kept, magnitude_scores, read_pattern, wanda_scores
+from gossamer.techniques.prune.masks import (
+    PatternText,
+    check_pattern,
+    kept,
+    magnitude_scores,
+    read_pattern,
+    wanda_scores,
+)
 from gossamer.techniques.prune.sparsegpt import sparsegpt
+from gossamer.techniques.quantize.descend import descend_values
 from gossamer.techniques.quantize.layers import num_inputs
 
 MIN_SAMPLES = 8
@@ -40,25 +48,18 @@ class Sparsify(BlockTechnique):
     )
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of each layer's weights that become zero")
-    pattern: str = Field("", description="n:m, as in 2:4: n of every m neighbouring inputs stay; replaces `sparsity`")
+    pattern: PatternText = Field(
+        "", description="n:m, as in 2:4: n of every m neighbouring inputs stay; replaces `sparsity`"
+    )
     by: Literal["sparsegpt", "wanda", "magnitude"] = Field(
         "sparsegpt", description="which weights go, and (sparsegpt) how the others make up for them"
     )
+    passes: int = Field(2, ge=0, description="rounds of fitting again what stays, with sparsegpt")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
     targets: tuple[str, ...] = Field(
         ("linear",), description="roles, module names, patterns with * or re:... ; what is made sparse"
     )
     ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_a_pattern(cls, text: str) -> str:
-        if text:
-            try:
-                read_pattern(text)
-            except TechniqueError as error:
-                raise ValueError(error.message) from error
-        return text
 
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return one decision for each linear layer inside a block.
@@ -100,9 +101,11 @@ class Sparsify(BlockTechnique):
             elif self.by == "wanda":
                 sparse_OI = rows_OI * kept(wanda_scores(rows_OI, seen.second_II), self.sparsity, pattern)
             else:
+                second_II, damping = seen.second_II, self.damping
                 sparse_OI = sparsegpt(
-                    rows_OI, seen.second_II, self.sparsity, pattern=pattern, damping=self.damping, name=parameter
+                    rows_OI, second_II, self.sparsity, pattern=pattern, damping=damping, name=parameter
                 )
+                sparse_OI = descend_values(rows_OI, second_II, sparse_OI, passes=self.passes, damping=damping)
             values = sparse_OI.t() if transposed else sparse_OI
             block.set_weight(parameter, values.reshape(weight.shape).contiguous())
 

@@ -13,14 +13,17 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.models.quantized import QuantSpec, rows_of
+from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
-from gossamer.techniques.blockwise import Block, BlockTechnique, plain_codes, token_error
+from gossamer.techniques.blockwise import Block, BlockTechnique, token_error
 from gossamer.techniques.match import layers_matching
+from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
+from gossamer.techniques.prune.sparsegpt import sparsegpt
+from gossamer.techniques.quantize.descend import descend
 from gossamer.techniques.quantize.gptq import gptq
-from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
+from gossamer.techniques.quantize.grid import ScaleSearch
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
 from gossamer.techniques.quantize.quantize import Quantize
@@ -111,35 +114,72 @@ class Gptq(CalibratedGrid):
         "static", description="input channels as they stand, or the most excited first (groups stay where they are)"
     )
     refit: bool = Field(True, description="fit the scales to the codes that were found, by least squares on outputs")
+    passes: int = Field(2, ge=0, description="rounds of improving every code again, one input channel after another")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
+    sparsity: float = Field(0.0, ge=0, lt=1, description="share of each layer's weights that SparseGPT takes out first")
+    pattern: PatternText = Field("", description="n:m, as in 2:4: n of every m neighbours stay; replaces `sparsity`")
 
     def solve(self, block: Block) -> None:
         """Solve each layer from the second moments of its input; one without any is rounded plainly."""
         moments = block.moments()
         for parameter, decision in block.decisions.items():
-            assert decision.weight is not None
-            transposed = decision.layer.transposed
-            weight = block.weight(parameter)
             seen = moments.get(parameter)
             if seen is None or seen.num_tokens == 0:
                 block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
-                codes = quantize_weight(weight, decision.weight, scale="mse", transposed=transposed, name=parameter)
+                codes = self.plain_codes(block, [parameter])[parameter]
             else:
-                rows_OI, second_II = rows_of(weight, transposed), seen.second_II
-                codes = gptq(
-                    rows_OI,
-                    second_II,
-                    decision.weight,
-                    scale=self.scale,
-                    order=self.order,
-                    damping=self.damping,
-                    transposed=transposed,
-                    shape=tuple(weight.shape),
-                    name=parameter,
-                )
-                if self.refit:
-                    codes = refit_scales(rows_OI, second_II, codes)
+                codes = self._codes(block.weight(parameter), seen.second_II, decision)
             block.set_quantized(parameter, codes)
+
+    def without_samples(self, weight: Tensor, transposed: bool) -> Tensor:
+        """Return a weight with its smallest values taken out, where the recipe wants some out."""
+        if not self.sparse:
+            return weight
+        rows_OI = rows_of(weight, transposed)
+        rows_OI = rows_OI * kept(magnitude_scores(rows_OI), self.sparsity, self._pattern)
+        return (rows_OI.t() if transposed else rows_OI).reshape(weight.shape)
+
+    def _codes(self, weight: Tensor, second_II: Tensor, decision: Decision) -> Quantized:
+        """Return the codes of one layer: GPTQ's, improved by turns in scales and codes."""
+        assert decision.weight is not None
+        rows_OI = rows_of(weight, decision.layer.transposed)
+        start_OI = rows_OI
+        if self.sparse:
+            start_OI = sparsegpt(
+                rows_OI,
+                second_II,
+                self.sparsity,
+                pattern=self._pattern,
+                damping=self.damping,
+                name=decision.parameter,
+            )
+        codes = gptq(
+            start_OI,
+            second_II,
+            decision.weight,
+            scale=self.scale,
+            order=self.order,
+            damping=self.damping,
+            transposed=decision.layer.transposed,
+            shape=tuple(weight.shape),
+            name=decision.parameter,
+        )
+        keep_OI = start_OI != 0
+        for turn in range(self.passes + 1):
+            if turn:
+                codes = descend(rows_OI, second_II, codes, keep_OI=keep_OI, damping=self.damping)
+            if self.refit:
+                codes = refit_scales(rows_OI, second_II, codes)
+        return codes
+
+    @property
+    def sparse(self) -> bool:
+        """Say whether weights are taken out as they are rounded."""
+        return bool(self.sparsity or self.pattern)
+
+    @property
+    def _pattern(self) -> Pattern | None:
+        return read_pattern(self.pattern) if self.pattern else None
 
 
 class LearnedRounding(Gptq):
@@ -167,10 +207,12 @@ class LearnedRounding(Gptq):
         if self.start == "gptq":
             super().solve(block)
         else:
-            for parameter, codes in plain_codes(block).items():
+            for parameter, codes in self.plain_codes(block).items():
                 block.set_quantized(parameter, codes)
         if not block.calls:
             return
+        if self.sparse:  # what was taken out must not come back: it is not to be made up for either
+            weights = {name: weight * (block.solved[name].dequantize() != 0) for name, weight in weights.items()}
         start, before = dict(block.solved), block.output_error()
         inside = {parameter: parameter.removeprefix(f"{block.name}.") for parameter in start}
         block.module.requires_grad_(False)

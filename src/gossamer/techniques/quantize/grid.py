@@ -66,7 +66,7 @@ def quantize_weight(
     for start in range(0, num_rows, step):
         here = slice(start, start + step)
         part_OI = rows_OI[here].float()
-        _check_finite(part_OI, rows_OI, name)
+        check_finite(part_OI, name, rows_OI)
         groups_Ng = part_OI.reshape(-1, group_size)
         scale_N1, zero_N1 = minmax_grid(groups_Ng, spec)
         if scale == "mse":
@@ -80,13 +80,14 @@ def quantize_weight(
     )
 
 
-def _check_finite(part_OI: Tensor, rows_OI: Tensor, name: str) -> None:
-    """Raise TechniqueError when a part holds NaN or infinities, counting those of all rows."""
+def check_finite(weight: Tensor, name: str, whole: Tensor | None = None) -> None:
+    """Raise TechniqueError when a weight holds NaN or infinities, counting those of the `whole` it is part of."""
     # a sum is finite only when all terms are (or when it overflows: then count)
-    if bool(torch.isfinite(part_OI.sum())):
+    if bool(torch.isfinite(weight.sum())):
         return
-    if count := int((~torch.isfinite(rows_OI.float())).sum()):
-        raise TechniqueError(f"{count} of {rows_OI.numel()} weights of {name} are NaN or infinite", "repair the model")
+    counted = weight if whole is None else whole.float()
+    if count := int((~torch.isfinite(counted)).sum()):
+        raise TechniqueError(f"{count} of {counted.numel()} weights of {name} are NaN or infinite", "repair the model")
 
 
 def minmax_grid(groups_Ng: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -104,10 +105,15 @@ def minmax_grid(groups_Ng: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return stored_N1, torch.clamp(torch.round(spec.low - low_N1 / scale_N1), spec.low, spec.high)
 
 
-def mse_scale(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the scale [N, 1] with the least squared error among shrunken and least-squares refitted ones."""
+def mse_scale(
+    groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec, importance_Gg: Tensor | None = None
+) -> Tensor:
+    """Return the scale [N, 1] with the least squared error among shrunken and least-squares refitted ones.
+
+    `importance_Gg` is what each squared error counts, the same for every row of a weight (rows being N / G).
+    """
     best_scale = scale_N1
-    best_error = squared_error(groups_Ng, scale_N1, zero_N1, spec)
+    best_error = squared_error(groups_Ng, scale_N1, zero_N1, spec, importance_Gg)
     shrinks = torch.linspace(1.0, MIN_SHRINK[spec.bits], NUM_SHRINKS[spec.bits]).tolist()[1:]
     for attempt in range(len(shrinks) + NUM_REFITS):
         if attempt < len(shrinks):
@@ -116,7 +122,7 @@ def mse_scale(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantS
         else:
             trial_N1 = refitted(groups_Ng, best_scale, zero_N1, spec)
         trial_N1 = storable(trial_N1)
-        error = squared_error(groups_Ng, trial_N1, zero_N1, spec)
+        error = squared_error(groups_Ng, trial_N1, zero_N1, spec, importance_Gg)
         better = error < best_error
         best_scale = torch.where(better, trial_N1, best_scale)
         best_error = torch.where(better, error, best_error)
@@ -151,10 +157,15 @@ def encode(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec
     return torch.div(groups_Ng, scale_N1).round_().add_(zero_N1).clamp_(spec.low, spec.high)
 
 
-def squared_error(groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec) -> Tensor:
+def squared_error(
+    groups_Ng: Tensor, scale_N1: Tensor, zero_N1: Tensor, spec: QuantSpec, importance_Gg: Tensor | None = None
+) -> Tensor:
     """Return the squared rounding error of each group, [N, 1]."""
     decoded_Ng = encode(groups_Ng, scale_N1, zero_N1, spec).sub_(zero_N1).mul_(scale_N1)
-    return decoded_Ng.sub_(groups_Ng).square_().sum(1, keepdim=True)
+    squares_Ng = decoded_Ng.sub_(groups_Ng).square_()
+    if importance_Gg is not None:
+        squares_Ng.view(-1, *importance_Gg.shape).mul_(importance_Gg)
+    return squares_Ng.sum(1, keepdim=True)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

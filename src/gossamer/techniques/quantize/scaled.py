@@ -34,7 +34,6 @@ from gossamer.techniques.quantize.awq import (
 )
 from gossamer.techniques.quantize.calibrated import MIN_SAMPLES, CalibratedGrid
 from gossamer.techniques.quantize.gptq import gptq
-from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.quantize.smooth import smooth_factors
 
@@ -72,8 +71,7 @@ class Awq(CalibratedGrid):
             weight = block.weight(parameter)
             if seen is None:
                 block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
-                codes = quantize_weight(weight, spec, scale="mse", transposed=transposed, name=parameter)
-                block.set_quantized(parameter, codes)
+                block.set_quantized(parameter, self.plain_codes(block, [parameter])[parameter])
                 continue
             second_II = seen.second_II
             if parameter in factors:

@@ -1,0 +1,108 @@
+"""Improve a layer one input channel at a time, again and again: coordinate descent on the error of its output.
+
+Behdin, Acharya, Gupta, Keerthi and Mazumder, "QuantEase: Optimization-based Quantization for Language Models", 2023,
+section 3. GPTQ and SparseGPT take each channel once and never look back: what is chosen early cannot answer to what is
+chosen behind it. With all other channels fixed, the error of a row,
+
+    error(w') = (w - w') S (w - w')^T,        S = second_II + damping * mean(diag S) * I
+
+is a parabola in w'_j, so the best value of channel j is its vertex, or the value on the grid that is nearest to it:
+
+    w'_j = nearest to  w'_j + r_j / S_jj,        r = (w - w') S
+
+all rows at once. Every step lowers the error or leaves it, so a pass over all channels does, and passes may stop
+anywhere. r is kept up to date: within `block` channels at once, for the others as one matrix product for each block.
+
+Channels that no token excites stay as they are, and so do weights outside of a mask. Scales and zero points are not
+touched; between passes `refit_scales` may move them. Invariants: no row's error rises; every code lies in the grid.
+
+Shape suffixes: O rows, I inputs, G groups, b inputs of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gossamer.models.quantized import Quantized, rows_of
+
+Move = Callable[[int, Tensor], Tensor]  # (channel, way to the vertex [O]) -> way that is gone [O]
+
+
+def descend(
+    weight_OI: Tensor,
+    second_II: Tensor,
+    start: Quantized,
+    *,
+    keep_OI: Tensor | None = None,
+    passes: int = 1,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Quantized:
+    """Return codes whose damped output error is not above that of `start`, row by row, on the same grids.
+
+    `keep_OI` is False where a code must stay, by default where the weight is exactly zero.
+
+    >>> descend(weight_OI, moments.second_II, gptq(weight_OI, moments.second_II, spec), passes=2)  # doctest: +SKIP
+    """
+    spec, scale_OG, codes_OI = start.spec, start.scale.float(), start.codes.float()
+    keep_OI = weight_OI != 0 if keep_OI is None else keep_OI
+
+    def move(channel: int, way_O: Tensor) -> Tensor:
+        code_O, scale_O = codes_OI[:, channel], scale_OG[:, channel // start.group_size]
+        best_O = torch.clamp(torch.round(code_O + way_O / scale_O), spec.low, spec.high)
+        best_O = torch.where(keep_OI[:, channel], best_O, code_O)
+        moved_O = (best_O - code_O) * scale_O
+        codes_OI[:, channel] = best_O
+        return moved_O
+
+    change_OI = weight_OI.float() - rows_of(start.dequantize(), start.transposed)
+    _walk(change_OI, second_II, move, passes=passes, damping=damping, block=block)
+    return replace(start, codes=codes_OI.to(torch.int8))
+
+
+def descend_values(
+    weight_OI: Tensor,
+    second_II: Tensor,
+    start_OI: Tensor,
+    *,
+    passes: int = 1,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Tensor:
+    """Return values [O, I] with the zeros of `start_OI` and a damped output error that is not above its, row by row.
+
+    >>> descend_values(weight_OI, moments.second_II, sparsegpt(weight_OI, moments.second_II, 0.5))  # doctest: +SKIP
+    """
+    values_OI, keep_OI = start_OI.float().clone(), start_OI != 0
+
+    def move(channel: int, way_O: Tensor) -> Tensor:
+        moved_O = way_O * keep_OI[:, channel]
+        values_OI[:, channel] += moved_O
+        return moved_O
+
+    _walk(weight_OI.float() - values_OI, second_II, move, passes=passes, damping=damping, block=block)
+    return values_OI
+
+
+def _walk(change_OI: Tensor, second_II: Tensor, move: Move, *, passes: int, damping: float, block: int) -> None:
+    """Call `move` for one channel after another; `change_OI` is how far the weights lie from what is there."""
+    num_inputs = len(second_II)
+    damped_II = second_II.float().clone()
+    diagonal_I = damped_II.diagonal()
+    excited_I = (diagonal_I > 0).tolist()
+    diagonal_I += damping * diagonal_I.mean()
+    against_OI = change_OI @ damped_II
+    for _ in range(passes):
+        for first in range(0, num_inputs, block):
+            here = slice(first, min(first + block, num_inputs))
+            here_Ob, inside_bb = against_OI[:, here].clone(), damped_II[here, here]
+            moved_Ob = torch.zeros_like(here_Ob)
+            for j, channel in enumerate(range(here.start, here.stop)):
+                if excited_I[channel]:
+                    moved_Ob[:, j] = move(channel, here_Ob[:, j] / inside_bb[j, j])
+                    here_Ob.addr_(moved_Ob[:, j], inside_bb[j], alpha=-1.0)
+            against_OI.addmm_(moved_Ob, damped_II[here], alpha=-1.0)
