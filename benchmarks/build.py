@@ -46,6 +46,10 @@ def build_in_child(
     """
     request, reply = out.with_suffix(".request.json"), out.with_suffix(".reply.json")
     named = {"peer": peer.described(), "material": asdict(material), "out": str(out), "reply": str(reply)}
+    if peer.ours:  # a peer's version is part of its environment
+        from gossamer.run.fingerprint import code_version
+
+        named["code"] = code_version()
     asked = json.dumps(named, indent=1)
     if reuse and reply.exists() and request.read_text() == asked:
         return Built(out, **json.loads(reply.read_text()))

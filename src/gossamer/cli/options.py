@@ -15,7 +15,12 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder
 Artifact = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="Artifact of gossamer, or a Hugging Face folder.", show_default=False)
 ]
-Task = Annotated[str, typer.Option(help="What the model is for: text-classification, causal-lm, image-classification.")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="What the model is for: text-classification, causal-lm, image-classification, speech-recognition."
+    ),
+]
 GuessedTask = Annotated[str | None, typer.Option("--task", help="What the model is for; guessed when it can be.")]
 Data = Annotated[str, typer.Option(help="Rows to calibrate with: csv, tsv, jsonl, parquet, image folder, data set.")]
 ProofData = Annotated[

@@ -112,7 +112,8 @@ def _read_folder(folder: Path, name: str) -> Table:
         raise DataError(f"{name} is a folder with {', '.join(files[:8])}", f"name one of them: {folder / files[0]}")
     raise DataError(
         f"{name} holds no data that is known here",
-        "a folder of images has a sub-folder for each class, or metadata.csv with a column file_name",
+        "a folder of images has a sub-folder for each class; one of images or recordings metadata.csv with a column "
+        "file_name",
     )
 
 

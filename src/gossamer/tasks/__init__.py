@@ -12,11 +12,14 @@ from gossamer.errors import TaskError
 from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Scores, Task
 from gossamer.tasks.causal_lm import CausalLM
 from gossamer.tasks.image_classification import ImageClassification
+from gossamer.tasks.speech_recognition import SpeechRecognition
 from gossamer.tasks.text_classification import TextClassification
 
 __all__ = ["TASKS", "Arrays", "Batch", "Evaluation", "Metric", "Scores", "Task", "get_task"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, CausalLM, ImageClassification)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextClassification, CausalLM, ImageClassification, SpeechRecognition)
+}
 
 
 def get_task(name: str, **settings: Any) -> Task:

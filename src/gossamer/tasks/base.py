@@ -31,6 +31,7 @@ class Batch:
     inputs: Arrays
     samples: NDArray[np.int64]
     targets: Arrays = field(default_factory=dict)
+    extra: Any = None  # what else its own task needs to score it
 
 
 @dataclass(frozen=True)

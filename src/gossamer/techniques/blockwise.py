@@ -43,7 +43,8 @@ from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.sweep_memory import SweepMemory
 
-BLOCK_VALUE_BYTES = 4 + 2  # of a weight of the block at hand: its value, its codes and those of plain rounding
+SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
+PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
 SHARED_INPUTS = frozenset(("k", "v", "up"))  # layers that read what another one (q, gate) reads: one set of moments
 NUM_GATED = 4  # samples on which the error behind each block is measured
 GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples
@@ -172,6 +173,11 @@ def token_error(found: Tensor, wanted: Tensor) -> Tensor:
     ).mean()
 
 
+def _moment_bytes(decision: Decision) -> int:
+    """Return what the moments of a layer's input take, 0 where it shares another layer's."""
+    return 0 if decision.layer.role in SHARED_INPUTS else 4 * torch.Size(decision.layer.shape[1:]).numel() ** 2
+
+
 class BlockTechnique(Technique):
     """A technique that solves one block at a time from calibration samples: `solve` is all that it adds."""
 
@@ -211,21 +217,23 @@ class BlockTechnique(Technique):
         return False
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
-        """Return the bytes of the block at hand, the samples around it, its moments, and the largest solve."""
-        blocks: dict[tuple[str | None, int | None], int] = {}
-        moments: dict[tuple[str | None, int | None], int] = {}
-        solve = 0
+        """Return the bytes of the samples, and of the block at hand: while they pass it, or while it is solved."""
+        places: dict[tuple[str | None, int | None], list[Decision]] = {}
         for decision in self.resolve(model):
-            layer, place = decision.layer, (decision.layer.stack, decision.layer.block)
-            rows, inputs = layer.shape[0], torch.Size(layer.shape[1:]).numel()
-            blocks[place] = blocks.get(place, 0) + BLOCK_VALUE_BYTES * layer.num_parameters
-            if layer.role not in SHARED_INPUTS:
-                moments[place] = moments.get(place, 0) + 4 * inputs**2
-            # the moments in float64, their factor, and the rows with what is subtracted from them
-            solve = max(solve, (8 + 4) * inputs**2 + 16 * rows * inputs)
+            places.setdefault((decision.layer.stack, decision.layer.block), []).append(decision)
+        largest = 0
+        for (stack, _), decisions in places.items():
+            values = sum(decision.layer.num_parameters for decision in decisions) if stack is not None else 0
+            moments = sum(_moment_bytes(decision) for decision in decisions)
+            largest = max(largest, PASSED_VALUE_BYTES * values + (moments if stack is not None else 0))
+            for decision in decisions:  # moments of layers that were solved are given back
+                rows, inputs = decision.layer.shape[0], torch.Size(decision.layer.shape[1:]).numel()
+                # their factor in float64, and the rows with their codes and what is subtracted from them
+                solve = 8 * inputs**2 + 16 * rows * inputs
+                largest = max(largest, SOLVED_VALUE_BYTES * values + max(moments, 4 * inputs**2) + solve)
+                moments -= _moment_bytes(decision)
         samples = min(self.samples, num_samples) * sample_bytes
-        inside = max((blocks[place] + moments.get(place, 0) for place in blocks if place[0] is not None), default=0)
-        return max(inside + solve, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
+        return max(largest, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with every decided layer solved, block after block."""

@@ -123,7 +123,7 @@ class Gptq(CalibratedGrid):
         """Solve each layer from the second moments of its input; one without any is rounded plainly."""
         moments = block.moments()
         for parameter, decision in block.decisions.items():
-            seen = moments.get(parameter)
+            seen = moments.pop(parameter, None)  # as large as all else: given back as soon as it is used
             if seen is None or seen.num_tokens == 0:
                 block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
                 codes = self.plain_codes(block, [parameter])[parameter]

@@ -91,18 +91,22 @@ def descend_values(
 def _walk(change_OI: Tensor, second_II: Tensor, move: Move, *, passes: int, damping: float, block: int) -> None:
     """Call `move` for one channel after another; `change_OI` is how far the weights lie from what is there."""
     num_inputs = len(second_II)
-    damped_II = second_II.float().clone()
+    damped_II = second_II.float()
     diagonal_I = damped_II.diagonal()
-    excited_I = (diagonal_I > 0).tolist()
-    diagonal_I += damping * diagonal_I.mean()
-    against_OI = change_OI @ damped_II
-    for _ in range(passes):
-        for first in range(0, num_inputs, block):
-            here = slice(first, min(first + block, num_inputs))
-            here_Ob, inside_bb = against_OI[:, here].clone(), damped_II[here, here]
-            moved_Ob = torch.zeros_like(here_Ob)
-            for j, channel in enumerate(range(here.start, here.stop)):
-                if excited_I[channel]:
-                    moved_Ob[:, j] = move(channel, here_Ob[:, j] / inside_bb[j, j])
-                    here_Ob.addr_(moved_Ob[:, j], inside_bb[j], alpha=-1.0)
-            against_OI.addmm_(moved_Ob, damped_II[here], alpha=-1.0)
+    undamped_I = diagonal_I.clone()
+    excited_I = (undamped_I > 0).tolist()
+    diagonal_I += damping * undamped_I.mean()  # in place, since a copy may be as large as all else; put back below
+    try:
+        against_OI = change_OI @ damped_II
+        for _ in range(passes):
+            for first in range(0, num_inputs, block):
+                here = slice(first, min(first + block, num_inputs))
+                here_Ob, inside_bb = against_OI[:, here].clone(), damped_II[here, here]
+                moved_Ob = torch.zeros_like(here_Ob)
+                for j, channel in enumerate(range(here.start, here.stop)):
+                    if excited_I[channel]:
+                        moved_Ob[:, j] = move(channel, here_Ob[:, j] / inside_bb[j, j])
+                        here_Ob.addr_(moved_Ob[:, j], inside_bb[j], alpha=-1.0)
+                against_OI.addmm_(moved_Ob, damped_II[here], alpha=-1.0)
+    finally:
+        diagonal_I.copy_(undamped_I)

@@ -122,9 +122,9 @@ def gptq(
 def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", channels_I: Tensor | None = None) -> Tensor:
     """Return the upper Cholesky factor U of the inverse of the damped moments, S^-1 = U^T U, float32 [I, I].
 
-    `channels_I` is the order in which the channels are taken (as they stand when None). Memory: the moments, one copy
-    in float64, and the result; LAPACK factors, inverts and factors again in that one copy. Raises TechniqueError for
-    moments that are not finite, or not positive definite whatever the damping.
+    `channels_I` is the order in which the channels are taken (as they stand when None). Memory: one copy of the moments
+    in float64, in which LAPACK factors, inverts and factors again, and in which the result lies. Raises TechniqueError
+    for moments that are not finite, or not positive definite whatever the damping.
     """
     if not bool(torch.isfinite(second_II.sum())) and not bool(torch.isfinite(second_II).all()):
         raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
@@ -142,12 +142,21 @@ def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", chan
             work_II[start : start + ROWS_AT_A_TIME] = second_II[rows_I][:, order_I]
         work_II.diagonal().add_(dead_I).add_(extra)
         if _invert_and_factor(work_II):
-            return work_II.triu_().float()
+            return _halved(work_II.triu_())
         extra *= 10
     raise TechniqueError(
         f"the second moments of the inputs of {name} are not positive definite with {damping:g} damping",
         "give more calibration rows, or raise `damping`",
     )
+
+
+def _halved(matrix_II: Tensor) -> Tensor:
+    """Return a float64 matrix as float32 in the memory that it has: a row ends before the next one begins."""
+    num_rows = len(matrix_II)
+    narrow_II = matrix_II.view(torch.float32).view(-1)[: num_rows**2].view(num_rows, num_rows)
+    for start in range(0, num_rows, ROWS_AT_A_TIME):
+        narrow_II[start : start + ROWS_AT_A_TIME] = matrix_II[start : start + ROWS_AT_A_TIME].float()
+    return narrow_II
 
 
 def _invert_and_factor(matrix_II: Tensor) -> bool:

@@ -34,9 +34,10 @@ class Moments:
     """
 
     num_tokens: int
-    _second_sum_II: Tensor
+    _second_II: Tensor  # the sum while tokens come, the mean from when somebody asks: it is too large for both
     _abs_sum_I: Tensor
     max_abs_I: Tensor
+    _is_mean: bool = False
 
     @classmethod
     def empty(cls, num_inputs: int) -> Moments:
@@ -47,7 +48,10 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""
         x_tI = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        self._second_sum_II.addmm_(x_tI.t(), x_tI)
+        if self._is_mean:
+            self._second_II *= self.num_tokens
+            self._is_mean = False
+        self._second_II.addmm_(x_tI.t(), x_tI)
         size_tI = x_tI.abs()
         self._abs_sum_I += size_tI.sum(0)
         torch.maximum(self.max_abs_I, size_tI.amax(0), out=self.max_abs_I)
@@ -55,8 +59,11 @@ class Moments:
 
     @property
     def second_II(self) -> Tensor:
-        """Return the mean of x x^T, float32 [I, I]."""
-        return self._second_sum_II / max(1, self.num_tokens)
+        """Return the mean of x x^T, float32 [I, I]: the very tensor that is held, not to be changed."""
+        if not self._is_mean and self.num_tokens:
+            self._second_II /= self.num_tokens
+            self._is_mean = True
+        return self._second_II
 
     @property
     def mean_abs_I(self) -> Tensor:
