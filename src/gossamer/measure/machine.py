@@ -74,6 +74,8 @@ PACKAGES = (
     Package("openvino", "openvino", "runtime `openvino`"),
     Package("gguf", "gguf", "writes GGUF files; runtime `gguf`"),
     Package("llama-cpp-python", "gguf", "opens GGUF files; runtime `gguf`"),
+    Package("soundfile", "speech", "reads recordings; task `speech-recognition`"),
+    Package("rapidfuzz", "speech", "counts wrong words; task `speech-recognition`"),
 )
 
 
