@@ -76,7 +76,7 @@ def measure(contest: Contest, entry: Entry, reference: Evaluation, request: Arra
     say(f"measuring {entry.peer.label}")
     prepared = contest.prepared
     with contest.serve(entry) as served:
-        evaluation = prepared.task.evaluate(served.run, batches_of(contest), reference)
+        evaluation = prepared.task.evaluate(served.run_all, batches_of(contest), reference)
         with contest.serve_original() as original:
             pair = time_in_turns(served, original, request, request, budget_seconds=seconds)
         memory = served.memory().own_peak
@@ -176,7 +176,7 @@ def main() -> int:
     request = prepared.task.latency_inputs(batches)
     say("scoring the original")
     with contest.serve_original() as original:
-        reference = prepared.task.evaluate(original.run, batches)
+        reference = prepared.task.evaluate(original.run_all, batches)
         alone = time_in_turns(original, None, request, None, budget_seconds=arguments.seconds / 2)
         memory = original.memory().own_peak
     found = [measure(contest, entry, reference, request, arguments.seconds) for entry in entries]

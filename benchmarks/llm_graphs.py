@@ -30,7 +30,7 @@ from results import table, write_section
 
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, each
 from gossamer.tasks.causal_lm import CausalLM
 
 WEIGHT_SUFFIXES = {".safetensors", ".onnx", ".data", ".bin", ".xml", ".gguf", ".pte"}
@@ -135,7 +135,7 @@ def row_of(
     task = contest.prepared.task
     windows: list[float] = []
     with contest.serve(entry) as served:
-        evaluation = task.evaluate(divergence.comparing(served.run, windows), batches, reference)
+        evaluation = task.evaluate(each(divergence.comparing(served.run, windows)), batches, reference)
     assert evaluation.agreement is not None
     quality = paired_quality(evaluation.scores, reference.scores, task.metric)
     exact = score_interval(Scores(np.array(windows), np.ones(len(windows))))
@@ -182,7 +182,7 @@ def main() -> int:
     divergence = Divergence(min(arguments.kl_windows, len(batches)))
     say("scoring the original")
     with contest.serve_original() as original:
-        reference = prepared.task.evaluate(divergence.keeping(original.run), batches)
+        reference = prepared.task.evaluate(each(divergence.keeping(original.run)), batches)
     own = score_interval(reference.scores, prepared.task.metric.figure)
     first = ["PyTorch fp32 (the original)", megabytes(shipped_bytes(weight_files(arguments.model)))]
     first += [f"{own.value:.3f}", "", "", "", "", ""]

@@ -87,7 +87,7 @@ def test_the_files_are_those_of_a_model_opened_whole(
         assert job.budget is None
         candidate, _ = apply_steps(job, STEPS)
         job.runtime.write(candidate, tmp_path / "whole", job.request())
-        in_memory = list(job.computed(candidate, job.evaluation))
+        in_memory = list(job.computed(candidate, [batch.inputs for batch in job.evaluation]))
     request.getfixturevalue("tight")
     found = applied(speaker, tmp_path / "pieces", "quality >= 20%, size <= 90%")
     assert found.verdict == "PASS", found.reason
@@ -101,8 +101,8 @@ def test_the_files_are_those_of_a_model_opened_whole(
     assert not measured.latency.known
     assert not {"latency p50", "memory", "throughput"} & measured.figures.keys()
     with opened_again(inputs, prepared, tmp_path / "again") as job:
-        reference = job.evaluate(job.computed(job.candidate(), job.evaluation), job.evaluation)
-        whole = job.evaluate(iter(in_memory), job.evaluation, reference)
+        reference = job.evaluate(job.candidate(), job.evaluation)
+        whole = job.task.evaluate(lambda _: in_memory, job.evaluation, reference)
     assert whole.divergence is not None
     assert measured.figures["kl"].value == pytest.approx(whole.divergence.mean(), rel=1e-3)
     page = write_report(tmp_path / "pieces").read_text()

@@ -11,6 +11,7 @@ import torch
 from gossamer.errors import DataError, MeasureError, TaskError
 from gossamer.models.source import Source
 from gossamer.tasks import Arrays, Task, get_task
+from gossamer.tasks.base import each
 from gossamer.tasks.causal_lm import bucket_divergence, score_tokens
 
 DOCUMENTS = [{"text": " ".join("abcdefghijklmnopqrst"[:length])} for length in (20, 3, 1, 17, 9)]
@@ -44,7 +45,7 @@ def test_scores_equal_a_slow_loop(llama: Source, runner: Runner) -> None:
                 total += float(logits.log_softmax(-1)[window[position]])
         expected.append(total)
     for batch_size in (1, 3):
-        found = TASK.evaluate(runner(llama, TASK), TASK.batches(DOCUMENTS, llama, batch_size=batch_size))
+        found = TASK.evaluate(each(runner(llama, TASK)), TASK.batches(DOCUMENTS, llama, batch_size=batch_size))
         np.testing.assert_allclose(found.scores.sums, expected, rtol=1e-4)
         assert found.scores.weights.tolist() == [17, 2, 14, 7]
     perplexity = float(TASK.metric.figure(found.scores.mean()))
@@ -55,7 +56,7 @@ def test_scores_equal_a_slow_loop(llama: Source, runner: Runner) -> None:
 def test_max_tokens_is_exact_and_takes_documents_in_turns(llama: Source, runner: Runner) -> None:
     for limit in (1, 7, 8, 18, 20, 40):
         task = get_task("causal-lm", context=8, max_tokens=limit)
-        found = task.evaluate(runner(llama, task), task.batches(DOCUMENTS, llama))
+        found = task.evaluate(each(runner(llama, task)), task.batches(DOCUMENTS, llama))
         assert found.scores.weights.sum() == limit
         if limit == 18:
             assert found.scores.weights.tolist() == [7, 2, 7, 2]  # a first window of each, the last one cut
@@ -65,12 +66,12 @@ def test_max_tokens_is_exact_and_takes_documents_in_turns(llama: Source, runner:
 def test_a_model_agrees_with_itself_and_with_no_other(llama: Source, runner: Runner) -> None:
     run = runner(llama, TASK)
     batches = TASK.batches(DOCUMENTS, llama)
-    original = TASK.evaluate(run, batches)
-    same = TASK.evaluate(run, batches, original)
+    original = TASK.evaluate(each(run), batches)
+    same = TASK.evaluate(each(run), batches, original)
     assert same.divergence is not None
     assert same.agreement is not None
     assert (same.divergence.mean(), same.agreement.mean()) == (0.0, 1.0)
-    other = TASK.evaluate(lambda inputs: {"logits": -run(inputs)["logits"]}, batches, original)
+    other = TASK.evaluate(each(lambda inputs: {"logits": -run(inputs)["logits"]}), batches, original)
     assert other.divergence is not None
     assert other.agreement is not None
     assert other.divergence.mean() > 0.1
@@ -151,11 +152,11 @@ def test_errors(llama: Source, runner: Runner) -> None:
         TASK.batches([{"text": "a"}], llama)
     run = runner(llama, TASK)
     batches = TASK.batches(DOCUMENTS, llama)
-    original = TASK.evaluate(run, batches)
+    original = TASK.evaluate(each(run), batches)
     with pytest.raises(MeasureError, match="same batches"):
-        TASK.evaluate(run, batches[:2], original)
+        TASK.evaluate(each(run), batches[:2], original)
     with pytest.raises(MeasureError, match="not finite"):
-        TASK.evaluate(lambda inputs: {"logits": np.full((*inputs["input_ids"].shape, 24), np.nan)}, batches)
+        TASK.evaluate(each(lambda inputs: {"logits": np.full((*inputs["input_ids"].shape, 24), np.nan)}), batches)
 
 
 def test_calibration_takes_windows_of_all_documents_whatever_is_scored() -> None:

@@ -16,6 +16,7 @@ from gossamer.data import bind_columns, read_rows
 from gossamer.errors import DataError
 from gossamer.models.source import Source
 from gossamer.tasks import Arrays, Task, get_task
+from gossamer.tasks.base import each
 from gossamer.tasks.image_classification import read_image
 
 TASK = get_task("image-classification")
@@ -57,7 +58,7 @@ def test_every_way_of_storing_gives_the_same_image(resnet: Source, tmp_path: Pat
 def test_evaluation_and_request(resnet: Source, runner: Callable[[Source, Task], Callable[[Arrays], Arrays]]) -> None:
     run = runner(resnet, TASK)
     batches = TASK.batches(ROWS, resnet, batch_size=2)
-    found = TASK.evaluate(run, batches)
+    found = TASK.evaluate(each(run), batches)
     logits = run({"pixel_values": np.concatenate([batch.inputs["pixel_values"] for batch in batches])})["logits"]
     assert found.scores.sums.tolist() == (logits.argmax(1) == np.array([0, 1, 2, 0, 1])).astype(float).tolist()
     np.testing.assert_allclose(found.kept["log_probs"], torch.from_numpy(logits).log_softmax(1).numpy(), atol=1e-5)

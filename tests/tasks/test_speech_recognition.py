@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +11,25 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperTokenizer,
-)
 
 from gossamer.data import bind_columns, read_rows
 from gossamer.errors import DataError, TaskError
 from gossamer.models.source import Source
 from gossamer.tasks import Arrays, Task, get_task
+from gossamer.tasks.base import each
 from gossamer.tasks.speech_recognition import IGNORED, clean_words, read_sound, word_errors
 
 TASK = get_task("speech-recognition", max_tokens=24)
-SPECIAL = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
-RATE = 16_000
+TINY = runpy.run_path(str(Path(__file__).parent / "tiny_whisper.py"))
+sound, RATE = TINY["sound"], TINY["RATE"]
+ROWS = [
+    {"audio": {"array": sound(seed), "sampling_rate": RATE}, "text": text} for seed, text in enumerate(["ab", "c d"])
+]
 
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    folder = tmp_path_factory.mktemp("whisper")
-    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", *SPECIAL]
-    tokenizer = WhisperTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
-    torch.manual_seed(3)
-    config = WhisperConfig(
-        vocab_size=len(names), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=50,
-        max_target_positions=64, init_std=0.5, eos_token_id=256, decoder_start_token_id=257, pad_token_id=256,
-        bos_token_id=256, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
-    model = WhisperForConditionalGeneration(config)
-    model.generation_config.suppress_tokens = [5, 6]
-    model.generation_config.begin_suppress_tokens = [7]
-    model.save_pretrained(folder)
-    return Source.open(folder)
-
-
-def sound(seed: int, seconds: float = 0.5) -> NDArray[np.float32]:
-    times = np.arange(int(seconds * RATE)) / RATE
-    return np.sin(2 * np.pi * (200 + 150 * seed) * times).astype(np.float32) * 0.3
-
-
-ROWS = [
-    {"audio": {"array": sound(seed), "sampling_rate": RATE}, "text": text} for seed, text in enumerate(["ab", "c d"])
-]
+    return Source.open(TINY["write_whisper"](tmp_path_factory.mktemp("whisper")))
 
 
 def run_of(source: Source, task: Task) -> Any:
@@ -88,7 +57,7 @@ def test_inputs_are_the_extractor_s_features_and_the_transcript_without_its_last
 def test_words_are_those_of_plain_greedy_decoding(whisper: Source) -> None:
     _, run = run_of(whisper, TASK)
     batches = TASK.batches(ROWS, whisper)
-    found = TASK.evaluate(run, batches)
+    found = TASK.evaluate(each(run), batches)
     right = 0
     for number, batch in enumerate(batches):
         tokens = batch.inputs["decoder_input_ids"][:, :2]
@@ -111,15 +80,15 @@ def test_words_are_those_of_plain_greedy_decoding(whisper: Source) -> None:
 def test_a_model_is_equal_to_itself_and_another_is_not(whisper: Source) -> None:
     module, run = run_of(whisper, TASK)
     batches = TASK.batches(ROWS, whisper)
-    reference = TASK.evaluate(run, batches)
-    again = TASK.evaluate(run, batches, reference)
+    reference = TASK.evaluate(each(run), batches)
+    again = TASK.evaluate(each(run), batches, reference)
     assert again.divergence is not None
     assert again.agreement is not None
     assert abs(again.divergence.mean()) < 1e-5
     assert again.agreement.mean() == 1
     with torch.no_grad():
         module.get_decoder().layers[0].fc2.weight.mul_(-1)
-    other = TASK.evaluate(run, batches, reference)
+    other = TASK.evaluate(each(run), batches, reference)
     assert other.divergence is not None
     assert other.divergence.mean() > 1e-4
     loss = TASK.loss({"logits": torch.from_numpy(run(batches[0].inputs)["logits"])}, batches[0])
@@ -137,7 +106,7 @@ def test_a_right_transcript_takes_one_pass(whisper: Source) -> None:
         logits[0, np.arange(len(labels) - 1) + 1, labels[1:]] = 9
         return {"logits": logits}
 
-    found = TASK.evaluate(sure, TASK.batches(ROWS, whisper)[:1])
+    found = TASK.evaluate(each(sure), TASK.batches(ROWS, whisper)[:1])
     assert found.scores.mean() == 1
     assert len(passes) == 1
 
@@ -175,3 +144,8 @@ def test_a_folder_with_metadata_is_read_and_bad_recordings_name_their_row(whispe
 def test_a_model_without_a_feature_extractor_is_refused(llama: Source) -> None:
     with pytest.raises(TaskError, match="no feature extractor"):
         TASK.batches(ROWS, llama)
+
+
+def test_a_transcript_longer_than_the_decoding_is_refused(whisper: Source) -> None:
+    with pytest.raises(DataError, match="51 tokens, max_tokens is 24"):
+        TASK.batches([{**ROWS[0], "text": "a " * 25}], whisper)

@@ -12,6 +12,7 @@ from gossamer.data import bind_columns, read_rows
 from gossamer.errors import DataError, MeasureError, TaskError
 from gossamer.models.source import Source
 from gossamer.tasks import Arrays, Batch, Task, get_task
+from gossamer.tasks.base import each
 
 ROWS = [
     {"text": "a b c", "label": "ham"},
@@ -36,8 +37,8 @@ def test_a_batch_pads_to_its_longest_and_scores_the_same(bert: Source, runner: R
     run = runner(bert, TASK)
     ones, pairs = TASK.batches(ROWS, bert), TASK.batches(ROWS, bert, batch_size=2)
     assert [batch.inputs["input_ids"].shape for batch in pairs] == [(2, 9), (2, 7), (1, 8)]
-    alone = TASK.evaluate(run, ones)
-    together = TASK.evaluate(run, pairs, alone)
+    alone = TASK.evaluate(each(run), ones)
+    together = TASK.evaluate(each(run), pairs, alone)
     assert together.divergence is not None
     assert np.abs(together.divergence.sums).max() < 1e-6
     np.testing.assert_array_equal(alone.scores.sums, together.scores.sums)
@@ -48,11 +49,11 @@ def test_scores_divergence_and_loss_are_torch_s(bert: Source, runner: Runner) ->
     batches = TASK.batches(ROWS, bert)
     logits = torch.cat([torch.from_numpy(run(batch.inputs)["logits"]) for batch in batches])
     labels = torch.tensor([0, 1, 2, 1, 2])
-    original = TASK.evaluate(run, batches)
+    original = TASK.evaluate(each(run), batches)
     assert original.scores.sums.tolist() == (logits.argmax(1) == labels).double().tolist()
     assert original.scores.weights.tolist() == [1.0] * 5
     other = torch.flip(logits, [1]) * 0.5
-    found = TASK.evaluate(lambda inputs: {"logits": other[_row(batches, inputs)].numpy()}, batches, original)
+    found = TASK.evaluate(each(lambda inputs: {"logits": other[_row(batches, inputs)].numpy()}), batches, original)
     expected = torch.nn.functional.kl_div(
         other.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
@@ -111,7 +112,7 @@ def test_rows_without_labels_can_be_run_but_not_scored(bert: Source, runner: Run
     batches = TASK.batches([{"text": "a"}], bert)
     assert not batches[0].targets
     with pytest.raises(DataError, match="no labels"):
-        TASK.evaluate(runner(bert, TASK), batches)
+        TASK.evaluate(each(runner(bert, TASK)), batches)
     with pytest.raises(DataError, match="row 2: the model does not know the label None"):
         TASK.batches([ROWS[0], {"text": "a"}], bert)
 
@@ -148,9 +149,9 @@ def test_bad_rows_and_outputs(bert: Source, runner: Runner) -> None:
         TASK.batches([], bert)
     batches = TASK.batches(ROWS, bert)
     with pytest.raises(MeasureError, match="sample 0 is not finite"):
-        TASK.evaluate(lambda inputs: {"logits": np.array([[0.0, np.nan, 1.0]])}, batches)
-    original = TASK.evaluate(runner(bert, TASK), batches)
+        TASK.evaluate(each(lambda inputs: {"logits": np.array([[0.0, np.nan, 1.0]])}), batches)
+    original = TASK.evaluate(each(runner(bert, TASK)), batches)
     with pytest.raises(MeasureError, match="same batches"):
-        TASK.evaluate(runner(bert, TASK), batches[:2], original)
+        TASK.evaluate(each(runner(bert, TASK)), batches[:2], original)
     with pytest.raises(DataError, match="label 2 occurs, but the model has 2 outputs"):
-        TASK.evaluate(lambda inputs: {"logits": np.zeros((1, 2))}, batches)
+        TASK.evaluate(each(lambda inputs: {"logits": np.zeros((1, 2))}), batches)

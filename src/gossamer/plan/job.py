@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,14 @@ class Job:
         module = self.source.skeleton(self.task)
         return Candidate.streamed(self.source, module, self.source.shards.read, self.budget)
 
-    def computed(self, candidate: Candidate, batches: Sequence[Batch]) -> Iterator[Arrays]:
-        """Yield what a candidate computes for each batch, layer inputs rounded as the artifact will; float32."""
+    def computed(self, candidate: Candidate, passes: Sequence[Arrays]) -> Iterator[Arrays]:
+        """Yield a candidate's outputs, float32, for each pass's inputs; layer inputs are rounded as in the artifact."""
         with candidate.simulated() as module, torch.inference_mode():
             run = InMemory(self.source, module, self.task.output)
             if candidate.weights is None:
-                yield from (run(batch.inputs) for batch in batches)
+                yield from map(run, passes)
                 return
-            samples = [tensors_of(batch.inputs) for batch in batches]
+            samples = [tensors_of(inputs) for inputs in passes]
             forward = lambda module, inputs: self.source.forward(module, inputs, self.task.output)  # noqa: E731
             walker = Walker(module, forward, samples)
             for output in walker.outputs(self.model.stacks, candidate.weights.held):
@@ -91,10 +91,10 @@ class Job:
             candidate.weights.drop()
 
     def evaluate(
-        self, outputs: Iterator[Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
+        self, candidate: Candidate, batches: Sequence[Batch], reference: Evaluation | None = None
     ) -> Evaluation:
-        """Score outputs that come in the order of the batches."""
-        return self.task.evaluate(lambda _: next(outputs), batches, reference)
+        """Score a candidate in memory."""
+        return self.task.evaluate(lambda passes: self.computed(candidate, passes), batches, reference)
 
     def serve(self, folder: Path, runtime: str | None = None) -> Served:
         """Open an artifact in a child process of its own."""

@@ -260,7 +260,7 @@ def made_up_request(artifact: Artifact, tokens: int) -> Arrays:
     for setting in LENGTH_SETTINGS.get(artifact.task.name, ()):
         settings[setting] = tokens
     task = get_task(artifact.task.name, **settings)
-    row = made_up_row(words=2 * tokens)
+    row = made_up_row(2 * tokens if task.name in LENGTH_SETTINGS else task.made_up_words)
     return task.latency_inputs(task.batches([row], artifact.source, batch_size=1))
 
 
@@ -278,7 +278,7 @@ def _scored(
     reference: Evaluation | None,
 ) -> Evaluation:
     with artifact.serve(threads) as served:
-        return artifact.task.evaluate(served.run, reported(batches, progress, label), reference)
+        return artifact.task.evaluate(reported(served.run_all, progress, label), batches, reference)
 
 
 def _shipped(artifact: Artifact) -> list[Path]:

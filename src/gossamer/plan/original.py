@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gossamer.run.progress import Progress
 from gossamer.runtimes import get_runtime
 from gossamer.runtimes.manifest import artifact_files, copy_companions
 from gossamer.runtimes.process import Served
-from gossamer.tasks.base import Batch, Evaluation
+from gossamer.tasks.base import Arrays, Evaluation, RunAll
 
 EVALUATION = "evaluation.safetensors"
 
@@ -42,9 +42,8 @@ def score_original(job: Job) -> tuple[Evaluation | None, dict[str, Any]]:
     def build(step: Path) -> dict[str, Any]:
         with job.serve(folder, runtime) as served:
             if job.scored:
-                batches = reported(job.evaluation, job.progress, "scoring the original")
-                outputs = served.run_all([batch.inputs for batch in job.evaluation])
-                save_evaluation(job.evaluate(outputs, batches), step / EVALUATION)
+                run_all = reported(served.run_all, job.progress, "scoring the original")
+                save_evaluation(job.task.evaluate(run_all, job.evaluation), step / EVALUATION)
             if job.budget is not None:
                 return {"latency": None, "memory": 0}
             seconds = timed(job, served, "timing the original")
@@ -140,10 +139,13 @@ def latency_record(distribution: Any) -> LatencyRecord:
     )
 
 
-def reported(batches: Iterable[Batch], progress: Progress, label: str) -> Iterator[Batch]:
-    """Yield batches and report each one as it is taken."""
-    batches = list(batches)
-    with progress.stage(label, len(batches)) as advance:
-        for batch in batches:
-            yield batch
-            advance(1)
+def reported(run_all: RunAll, progress: Progress, label: str) -> RunAll:
+    """Return a model that reports each pass as it is done."""
+
+    def run(passes: Sequence[Arrays]) -> Iterator[Arrays]:
+        with progress.stage(label, len(passes)) as advance:
+            for outputs in run_all(passes):
+                yield outputs
+                advance(1)
+
+    return run

@@ -116,11 +116,13 @@ def _without_rows(source: Source, task: Task) -> Prepared:
     return Prepared(source, task, [], [], prints, {"data": "none", "evaluation": "none"})
 
 
-def made_up_row(words: int = 400) -> Row:
+def made_up_row(words: int) -> Row:
     """Return a row whose content means nothing: enough to trace a model, and to see whether two compute the same."""
-    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 255, (224, 224, 3), dtype=np.uint8)
     text = "the quick brown fox jumps over the lazy dog. " * (words // 9 + 1)
-    return {"text": text, "image": Image.fromarray(noise)}
+    hiss = {"array": random.standard_normal(16_000, dtype=np.float32) * 0.1, "sampling_rate": 16_000}
+    return {"text": text, "image": Image.fromarray(noise), "audio": hiss}
 
 
 def _read(rows: Rows, task: Task, columns: Mapping[str, str]) -> tuple[list[Row], str, str]:
@@ -141,8 +143,8 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
         calibration: tuple[Batch, ...] = ()
         if prepared.calibration:
             calibration = tuple(task.calibration(prepared.calibration, source, inputs.calibration_rows))
-        made_up = made_up_row() if budget is None else made_up_row(STREAMED_WORDS)
-        evaluation = tuple(task.batches(prepared.evaluation or [made_up], source, batch_size=1))
+        words = task.made_up_words if budget is None else min(task.made_up_words, STREAMED_WORDS)
+        evaluation = tuple(task.batches(prepared.evaluation or [made_up_row(words)], source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:
             raise DataError(

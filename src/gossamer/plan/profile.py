@@ -128,8 +128,7 @@ def _reference(job: Job) -> Evaluation:
     """Return the original's evaluation of the calibration rows."""
 
     def build(folder: Path) -> dict[str, Any]:
-        outputs = job.computed(job.candidate(), job.calibration)
-        save_evaluation(job.evaluate(outputs, job.calibration), folder / EVALUATION)
+        save_evaluation(job.evaluate(job.candidate(), job.calibration), folder / EVALUATION)
         return {}
 
     inputs = job.step_inputs(rows=job.prints["calibration"])
@@ -143,7 +142,7 @@ def _effect(
 
     def build(folder: Path) -> dict[str, Any]:
         candidate, decisions = apply_steps(job, [step])
-        found = job.evaluate(job.computed(candidate, job.profiled), job.profiled, reference)
+        found = job.evaluate(candidate, job.profiled, reference)
         assert found.divergence is not None
         assert found.agreement is not None
         return {

@@ -7,7 +7,7 @@ original), `timed` (latency in turns with the original; peak memory).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, 
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import Runtime, StoredTensor
 from gossamer.runtimes.manifest import artifact_files, copy_companions, write_manifest
-from gossamer.tasks.base import Arrays, Evaluation, Scores, spread
+from gossamer.tasks.base import Arrays, Evaluation, RunAll, Scores, spread
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.registry import recipe_of
 
@@ -94,7 +94,9 @@ def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
     arrays: dict[str, NDArray[Any]] = {}
     for kind, model in (("decided", candidate), ("original", job.candidate())):
         with job.progress.stage(f"outputs to compare with: {kind}", len(batches)) as advance:
-            for index, (batch, found) in enumerate(zip(batches, job.computed(model, batches), strict=True)):
+            for index, (batch, found) in enumerate(
+                zip(batches, job.computed(model, [batch.inputs for batch in batches]), strict=True)
+            ):
                 arrays |= {f"{index}.input.{name}": np.ascontiguousarray(v) for name, v in batch.inputs.items()}
                 arrays[f"{index}.{kind}"] = thinned(found[output])
                 advance(1)
@@ -145,7 +147,7 @@ def _check(job: Job, folder: Path, decisions: list[dict[str, Any]]) -> dict[str,
 def compare_outputs(
     job: Job,
     arrays: Arrays,
-    run_all: Callable[[Sequence[Arrays]], Iterable[Arrays]],
+    run_all: RunAll,
     decisions: Sequence[Mapping[str, Any]],
 ) -> Equivalence:
     """Return how an opened artifact's outputs compare with the in-memory candidate's on the kept batches.
@@ -255,9 +257,8 @@ def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
 
     def build(step: Path) -> dict[str, Any]:
         with job.serve(folder / "artifact") as served:
-            batches = reported(job.evaluation, job.progress, "scoring the artifact")
-            outputs = served.run_all([batch.inputs for batch in job.evaluation])
-            evaluation = job.evaluate(outputs, batches, original)
+            run_all = reported(served.run_all, job.progress, "scoring the artifact")
+            evaluation = job.task.evaluate(run_all, job.evaluation, original)
         # what the artifact kept is only needed of the original: scores are small, log-probabilities are not
         save_evaluation(Evaluation(evaluation.scores, {}, evaluation.divergence, evaluation.agreement), step / NAME)
         return {}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 Row = Mapping[str, Any]
+RunAll = Callable[[Sequence[Arrays]], Iterable[Arrays]]  # a model: inputs of many passes -> their outputs, in order
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Task(ABC):
     metric: ClassVar[Metric]
     columns: ClassVar[dict[str, tuple[str, ...]]]  # role of a column -> names that are recognised as it
     optional_columns: ClassVar[frozenset[str]] = frozenset()  # roles that a row may do without
+    made_up_words: ClassVar[int] = 400  # of a row that stands in where there is no data
     profile_samples: ClassVar[int] = 128  # calibration inputs that tell what a step does to quality
     input_axes: ClassVar[dict[str, dict[int, str]]]  # input -> {axis: name} of axes that may vary; what exporters need
 
@@ -109,13 +111,21 @@ class Task(ABC):
         """Return the training loss (a scalar) of torch outputs for a batch."""
 
     @abstractmethod
-    def evaluate(
-        self, run: Callable[[Arrays], Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
-    ) -> Evaluation:
+    def evaluate(self, run_all: RunAll, batches: Sequence[Batch], reference: Evaluation | None = None) -> Evaluation:
         """Run a model over batches and score each sample; compare with `reference` when given.
 
-        `run` maps input arrays to output arrays, whichever runtime is behind it.
+        `run_all` maps the input arrays of many passes to their outputs, whichever runtime is behind it; a model that is
+        read from disk layer by layer is read once for all of them. A task may call it more than once.
         """
+
+
+def each(run: Callable[[Arrays], Arrays]) -> RunAll:
+    """Return the `run_all` of a model that answers one pass at a time.
+
+    >>> [int(found["y"][0]) for found in each(lambda inputs: {"y": inputs["x"] + 1})([{"x": np.array([1])}])]
+    [2]
+    """
+    return lambda passes: map(run, passes)
 
 
 def spread(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -23,7 +23,7 @@ Legend: T scored positions, V vocabulary, K kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, MeasureError, TaskError
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, Scores, Task
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, RunAll, Scores, Task
 from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
 
 if TYPE_CHECKING:
@@ -151,9 +151,7 @@ class CausalLM(Task):
         tokens = torch.as_tensor(batch.inputs["input_ids"][:, 1:], device=logits.device)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
-    def evaluate(
-        self, run: Callable[[Arrays], Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
-    ) -> Evaluation:
+    def evaluate(self, run_all: RunAll, batches: Sequence[Batch], reference: Evaluation | None = None) -> Evaluation:
         """Score every document; see the head of this file.
 
         `kept`, in the order of the batches: `sample` [T] int32, `log_likelihood` [T] and `choice` [T] int32 (the most
@@ -162,8 +160,8 @@ class CausalLM(Task):
         """
         parts: list[Arrays] = []
         done = 0
-        for batch in batches:
-            logits = np.asarray(run(batch.inputs)[self.output])
+        for batch, outputs in zip(batches, run_all([batch.inputs for batch in batches]), strict=True):
+            logits = np.asarray(outputs[self.output])
             for row, sample in enumerate(batch.samples):
                 targets = batch.inputs["input_ids"][row, 1:]
                 for start in range(0, len(targets), _SLICE):

@@ -8,7 +8,7 @@ Legend: N samples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gossamer.data.table import Row, place_of
 from gossamer.errors import DataError, MeasureError
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Scores, Task
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, RunAll, Scores, Task
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -42,14 +42,16 @@ class Classification(Task):
         labels_B = torch.as_tensor(_labels(batch), device=logits_BC.device)
         return torch.nn.functional.cross_entropy(logits_BC, labels_B)
 
-    def evaluate(
-        self, run: Callable[[Arrays], Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
-    ) -> Evaluation:
+    def evaluate(self, run_all: RunAll, batches: Sequence[Batch], reference: Evaluation | None = None) -> Evaluation:
         """Score every sample; `kept["log_probs"]` [N, C] float32 is what a later model is compared with.
 
         Raises MeasureError when an output is not finite, or the reference saw other samples.
         """
-        found = [(batch.samples, _labels(batch), self._log_probs(run, batch)) for batch in batches]
+        outputs = run_all([batch.inputs for batch in batches])
+        found = [
+            (batch.samples, _labels(batch), self._log_probs(found, batch))
+            for batch, found in zip(batches, outputs, strict=True)
+        ]
         if not found:
             raise MeasureError("there is nothing to evaluate: no batches", "give at least one evaluation row")
         samples_N = np.concatenate([samples for samples, _, _ in found])
@@ -76,8 +78,8 @@ class Classification(Task):
         agreement = Scores((chosen_N == original_NC.argmax(axis=1)).astype(np.float64), ones_N)
         return Evaluation(scores, kept, Scores(divergence(original_NC, kept["log_probs"]), ones_N), agreement)
 
-    def _log_probs(self, run: Callable[[Arrays], Arrays], batch: Batch) -> NDArray[np.float64]:
-        logits_BC = np.asarray(run(batch.inputs)[self.output], dtype=np.float64)
+    def _log_probs(self, outputs: Arrays, batch: Batch) -> NDArray[np.float64]:
+        logits_BC = np.asarray(outputs[self.output], dtype=np.float64)
         if not np.isfinite(logits_BC).all():
             sample = int(batch.samples[np.flatnonzero(~np.isfinite(logits_BC).all(axis=1))[0]])
             raise MeasureError(

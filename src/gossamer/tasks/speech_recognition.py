@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -35,12 +35,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from gossamer.data.table import place_of
 from gossamer.errors import DataError, MeasureError, TaskError
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, Scores, Task
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, RunAll, Scores, Task
 from gossamer.tasks.causal_lm import score_tokens
 from gossamer.tasks.classification import share_kept
 from gossamer.tasks.tokens import text_of
@@ -117,6 +116,7 @@ class SpeechRecognition(Task):
         "audio": ("sound", "speech", "recording", "clip", "wav", "file_name", "filename", "file", "path"),
         "text": ("transcript", "transcription", "sentence", "words", "label"),
     }
+    made_up_words: ClassVar[int] = 9
     profile_samples: ClassVar[int] = 16
     input_axes: ClassVar[dict[str, dict[int, str]]] = {
         "input_features": {0: "batch"},
@@ -153,6 +153,11 @@ class SpeechRecognition(Task):
             features = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="np")
             text = " " + text_of(row, "text", index).strip()  # as models write it: the first word has its space too
             tokens = [*prefix, *transcriber.tokenizer(text, add_special_tokens=False)["input_ids"], transcriber.end]
+            if len(tokens) - len(prefix) > self.max_tokens:
+                raise DataError(
+                    f"{place}: the transcript has {len(tokens) - len(prefix)} tokens, max_tokens is {self.max_tokens}",
+                    "cut the recording into shorter ones, or raise max_tokens up to what the decoder holds",
+                )
             name = extractor.model_input_names[0]
             inputs: Arrays = {
                 name: np.asarray(features[name], dtype=np.float32),
@@ -175,68 +180,82 @@ class SpeechRecognition(Task):
         labels = torch.as_tensor(batch.targets["labels"], device=logits.device)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
-    def evaluate(
-        self, run: Callable[[Arrays], Arrays], batches: Iterable[Batch], reference: Evaluation | None = None
-    ) -> Evaluation:
+    def evaluate(self, run_all: RunAll, batches: Sequence[Batch], reference: Evaluation | None = None) -> Evaluation:
         """Transcribe every recording; see the head of this file.
 
         `kept`: `sample` and `choice` [T] int32 and the most likely tokens of every transcript's token, as causal-lm
         keeps them. Raises MeasureError when an output is not finite, or the reference heard other recordings.
         """
+        if not batches:
+            raise MeasureError("there is nothing to evaluate: no batches", "give at least one evaluation row")
         parts: list[Arrays] = []
-        sums, weights = [], []
+        heard = [Hearing(batch, self.max_tokens) for batch in batches]
         done = 0
-        for batch in batches:
-            transcriber = batch.extra
-            assert isinstance(transcriber, Transcriber)
-            labels = batch.targets["labels"][0]
-            first = int((labels == IGNORED).sum())  # the prefix is given, not heard
-            logits_TV = np.asarray(run(batch.inputs)[self.output])[0]
+        for batch, hearing, outputs in zip(batches, heard, run_all([batch.inputs for batch in batches]), strict=True):
+            logits_TV, labels = np.asarray(outputs[self.output])[0], batch.targets["labels"][0]
+            first = hearing.num_given - 1  # the prefix is given, not heard
+            count = len(labels) - first
             original = None
             if reference is not None:
-                original = {n: reference.kept[n][done : done + len(labels) - first] for n in _KEPT}
+                original = {name: reference.kept[name][done : done + count] for name in _KEPT}
             part = score_tokens(logits_TV[first:], labels[first:], self.top_k, original)
-            part["sample"] = np.full(len(labels) - first, batch.samples[0], dtype=np.int32)
+            part["sample"] = np.full(count, batch.samples[0], dtype=np.int32)
             parts.append(part)
-            done += len(labels) - first
-            wanted = transcriber.words(labels[first:])
-            heard = transcriber.words(self._decode(run, batch, logits_TV, first + 1, transcriber))
-            sums.append(len(wanted) - word_errors(heard, wanted))
-            weights.append(len(wanted))
-        if not parts:
-            raise MeasureError("there is nothing to evaluate: no batches", "give at least one evaluation row")
+            done += count
+            hearing.hear(logits_TV)
+        while unsettled := [hearing for hearing in heard if not hearing.settled]:
+            for hearing, outputs in zip(unsettled, run_all([one.inputs() for one in unsettled]), strict=True):
+                hearing.hear(np.asarray(outputs[self.output])[0])
+        pairs = [(hearing.words(), hearing.wanted()) for hearing in heard]
+        right = [len(wanted) - word_errors(found, wanted) for found, wanted in pairs]
+        scores = Scores(np.array(right, np.float64), np.array([len(wanted) for _, wanted in pairs], np.float64))
         kept = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        scores = Scores(np.array(sums, dtype=np.float64), np.array(weights, dtype=np.float64))
         if reference is None:
             return Evaluation(scores, kept)
         agree = kept["choice"] == reference.kept["choice"]
         divergence = _of_each(kept["sample"], kept["divergence"])
         return Evaluation(scores, kept, divergence, _of_each(kept["sample"], agree))
 
-    def _decode(
-        self,
-        run: Callable[[Arrays], Arrays],
-        batch: Batch,
-        logits_TV: NDArray[Any],
-        num_given: int,
-        transcriber: Transcriber,
-    ) -> list[int]:
-        """Return the tokens of greedy decoding behind the given ones, from the logits of a first guess on."""
-        guess = batch.inputs[DECODER][0].tolist()
-        given = guess[:num_given]
-        for _ in range(self.max_tokens + 1):
-            choices = _choices(logits_TV[num_given - 1 :], transcriber)
-            if transcriber.end in choices:
-                choices = choices[: choices.index(transcriber.end) + 1]
-            choices = choices[: self.max_tokens]
-            settled = guess[num_given:] == choices[:-1]
-            if settled and (choices[-1] == transcriber.end or len(choices) == self.max_tokens):
-                return choices
-            ended = choices[-1] == transcriber.end
-            guess = [*given, *(choices[:-1] if ended else choices)]
-            inputs = {**batch.inputs, DECODER: np.array([guess], dtype=np.int64)}
-            logits_TV = np.asarray(run(inputs)[self.output])[0]
-        raise MeasureError("decoding did not settle", "the model gives other outputs for the same inputs")
+
+class Hearing:
+    """Follow one recording's greedy decoding from guess to guess; the transcript is the first."""
+
+    def __init__(self, batch: Batch, max_tokens: int) -> None:
+        assert isinstance(batch.extra, Transcriber)
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.transcriber = batch.extra
+        self.num_given = int((batch.targets["labels"] == IGNORED).sum()) + 1
+        self.guess: list[int] = batch.inputs[DECODER][0, self.num_given :].tolist()
+        self.settled = False
+        self.passes = 0
+
+    def inputs(self) -> Arrays:
+        """Return the inputs of the next pass: the recording with the guess."""
+        given = self.batch.inputs[DECODER][0, : self.num_given].tolist()
+        return {**self.batch.inputs, DECODER: np.array([[*given, *self.guess]], dtype=np.int64)}
+
+    def hear(self, logits_TV: NDArray[Any]) -> None:
+        """Take the logits behind the guess's tokens for the next guess; raise MeasureError where it never settles."""
+        end = self.transcriber.end
+        choices = _choices(logits_TV[self.num_given - 1 :], self.transcriber)
+        ended = end in choices
+        found = choices[: choices.index(end)] if ended else choices
+        found = found[: self.max_tokens]
+        whole = ended or len(found) == self.max_tokens
+        self.settled = whole and found == self.guess[: self.max_tokens]
+        self.guess = found
+        self.passes += 1
+        if not self.settled and self.passes > self.max_tokens + 1:
+            raise MeasureError("decoding did not settle", "the model gives other outputs for the same inputs")
+
+    def words(self) -> list[str]:
+        """Return the words of the settled guess."""
+        return self.transcriber.words(self.guess)
+
+    def wanted(self) -> list[str]:
+        """Return the words of the transcript."""
+        return self.transcriber.words(self.batch.targets["labels"][0, self.num_given - 1 :])
 
 
 _KEPT = ("top_tokens", "top_log_probs")
@@ -290,6 +309,8 @@ def read_sound(cell: Any, place: str, rate: int) -> NDArray[np.float32]:
     if not sound.size or not np.isfinite(sound).all():
         raise DataError(f"{place}: the recording is empty or not finite", "remove the row, or replace it")
     if found_rate != rate:
+        from scipy.signal import resample_poly  # a second and a half that other tasks need not pay
+
         shared = int(np.gcd(found_rate, rate))
         sound = resample_poly(sound, rate // shared, found_rate // shared).astype(np.float32)
     return sound
