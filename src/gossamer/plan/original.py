@@ -18,6 +18,7 @@ from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Arrays, Evaluation, RunAll
 
 EVALUATION = "evaluation.safetensors"
+FEW_PASSES = 8  # a stage of fewer is over before its bar is read
 
 
 def original_folder(job: Job) -> tuple[str, Path]:
@@ -140,9 +141,12 @@ def latency_record(distribution: Any) -> LatencyRecord:
 
 
 def reported(run_all: RunAll, progress: Progress, label: str) -> RunAll:
-    """Return a model that reports each pass as it is done."""
+    """Return a model that reports each pass as it is done; rounds of a few passes go by unmentioned."""
 
     def run(passes: Sequence[Arrays]) -> Iterator[Arrays]:
+        if len(passes) < FEW_PASSES:
+            yield from run_all(passes)
+            return
         with progress.stage(label, len(passes)) as advance:
             for outputs in run_all(passes):
                 yield outputs
