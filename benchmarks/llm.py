@@ -60,15 +60,20 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
         Gossamer("torch", ({"quantize": {"bits": 8}}, embedding), "int8", rows=False),
         Gossamer("torch", ({"quantize": {"bits": 4, **grid}}, embedding), "int4 g64, nearest", rows=False),
     ]
+    tuned = {"tune_scales": {"samples": samples, "epochs": 1 if quick else 2}}
     for bits in (8, 5, 4, 3, 2):
         found.append(Gossamer("torch", ({"gptq": {"bits": bits, **calibrated}}, embedding), f"int{bits} g64, gptq"))
+    for bits in (4, 3, 2):
+        recipe = ({"gptq": {"bits": bits, **calibrated}}, embedding, tuned)
+        found.append(Gossamer("torch", recipe, f"int{bits} g64, gptq, tune_scales"))
     for bits, num_steps in [(4, num_steps) for num_steps in steps] + [(3, steps[-1]), (2, steps[-1])]:
         settings = {"bits": bits, **calibrated, "steps": num_steps}
         name = f"int{bits} g64, learned_rounding, {num_steps} steps"
         found.append(Gossamer("torch", ({"learned_rounding": settings}, embedding), name))
     for name, settings in (("gptq", {}), ("learned_rounding", {"steps": steps[-1]})):
-        recipe = ({name: {"bits": 4, **calibrated, **settings}}, embedding)
-        found += [GossamerOfSize("torch", recipe, f"mixed g64, {name}", megabytes=size) for size in SIZES]
+        recipe = ({name: {"bits": 4, **calibrated, **settings}}, embedding, tuned)
+        title = f"mixed g64, {name}, tune_scales"
+        found += [GossamerOfSize("torch", recipe, title, megabytes=size) for size in SIZES]
     return found
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from script import Job, run
 
+TYPES = ("Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K")
 RECIPES = {
     "Q8_0": {"type": "Q8_0"},
-    **{f"{name}-imatrix": {"type": name, "imatrix": True} for name in ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")},
+    **{f"{name}-imatrix": {"type": name, "imatrix": True} for name in TYPES},
 }
 ENVIRONMENT = Path(sys.prefix)
 TOOLS = ENVIRONMENT / "llama-build" / "bin"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
@@ -23,6 +24,7 @@ from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, SearchSpace, Technique
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
 from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.quantize.tune_scales import TuneScales
 from gossamer.techniques.registry import resolve
 
 SIZES: dict[str, Any] = {
@@ -59,10 +61,12 @@ def opened(network: nn.Module, rows: int = 32) -> tuple[Candidate, ModelMap, Con
     return candidate, map_model(candidate.module, example, source.forward), context
 
 
-def distance(step: Technique, network: nn.Module) -> float:
-    """Return the squared distance of the logits to the original's, on other samples than the step was given."""
-    candidate, model, context = opened(network)
-    changed = step.apply(candidate, model, context).module
+def distance(step: Technique, network: nn.Module, *then: Technique, rows: int = 32) -> float:
+    """Return the squared distance of the logits to the original's, on other samples than the steps were given."""
+    candidate, model, context = opened(network, rows)
+    for each in (step, *then):
+        candidate = each.apply(candidate, model, context)
+    changed = candidate.module
     draw = torch.Generator().manual_seed(1)
     samples = [{"input_ids": torch.randint(1, 64, (1, 16), generator=draw)} for _ in range(32)]
     with torch.no_grad():
@@ -85,6 +89,33 @@ def test_learning_may_start_from_the_nearest_codes() -> None:
     assert distance(LearnedRounding(**GRID, start="nearest", steps=60, batch_size=4), llama()) < distance(
         Quantize(**GRID), llama()
     )
+
+
+@pytest.mark.parametrize("network", [llama, bert], ids=lambda build: build.__name__)
+def test_scales_tuned_end_to_end_are_nearer_still(network: Any) -> None:
+    start = Gptq(**GRID)
+    tuned = distance(start, network(), TuneScales(rate=3e-3, epochs=4), rows=96)
+    assert tuned < 0.95 * distance(start, network(), rows=96)
+
+
+@pytest.mark.parametrize(("rows", "helps"), [(96, True), (32, False)], ids=["enough rows", "too few to learn from"])
+def test_tuning_moves_scales_alone_and_only_where_rows_held_back_gain(rows: int, helps: bool) -> None:
+    candidate, model, context = opened(llama(), rows)
+    before = dict(Gptq(**GRID).apply(candidate, model, context).quantized)
+    after = TuneScales(rate=1e-2).apply(candidate, model, context).quantized
+    assert all(torch.equal(after[name].codes, codes.codes) for name, codes in before.items())
+    assert any(not torch.equal(after[name].scale, codes.scale) for name, codes in before.items()) == helps
+    for name, codes in after.items():
+        assert torch.equal(candidate.values(name), codes.dequantize())
+
+
+def test_tuning_needs_rounded_layers_and_enough_samples() -> None:
+    candidate, model, context = opened(llama())
+    with pytest.raises(TechniqueError, match="no rounded layer"):
+        TuneScales().apply(candidate, model, context)
+    candidate, model, context = opened(llama(), rows=5)
+    with pytest.raises(TechniqueError, match="needs 8 calibration samples, 5 were given"):
+        TuneScales().apply(Quantize(**GRID).apply(candidate, model, context), model, context)
 
 
 def test_the_same_call_gives_the_same_codes() -> None:
