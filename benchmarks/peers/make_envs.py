@@ -51,7 +51,9 @@ def build_llama_tools(folder: Path, jobs: int) -> None:
     """
     source = folder / "source"
     source.mkdir(exist_ok=True)
-    _python(folder, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(source), LLAMA)
+    # only this package from source, with the build tools that are here: pip would compile those too
+    given = ("--no-deps", "--no-build-isolation", "--no-binary", LLAMA.partition("==")[0])
+    _python(folder, "-m", "pip", "download", "-q", *given, "-d", str(source), LLAMA)
     archive = next(source.glob("*.tar.gz"))
     with tarfile.open(archive) as packed:
         packed.extractall(source, filter="data")

@@ -33,6 +33,7 @@ from gossamer.report.card import render_card
 from gossamer.report.html import write_report
 from gossamer.run.atomic import write_text
 from gossamer.run.progress import Progress, Silent
+from gossamer.run.team import started_rank
 from gossamer.runtimes.manifest import CARD
 
 Model = str | Path | nn.Module
@@ -311,7 +312,7 @@ def report(run: str | Path) -> Path:
 
 def _with_card(result: RunResult) -> RunResult:
     """Put the model card into the artifact's folder: it tells what was measured, so the manifest does not cover it."""
-    if result.artifact is not None:
+    if result.artifact is not None and started_rank() == 0:
         write_text(Path(result.artifact) / CARD, render_card(result))
     return result
 

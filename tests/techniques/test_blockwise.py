@@ -19,9 +19,11 @@ from gossamer.models.example import made_up_example
 from gossamer.models.quantized import QuantSpec
 from gossamer.models.roles import ModelMap, Stack
 from gossamer.models.source import Source
+from gossamer.models.spilled import Lazy
 from gossamer.models.structure import map_model
-from gossamer.models.walker import Stream, Walker, block_keys, hidden_states
+from gossamer.models.walker import Output, Stream, Walker, block_keys, hidden_states
 from gossamer.run.progress import Silent
+from gossamer.run.team import ALONE
 from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
@@ -30,7 +32,7 @@ from gossamer.techniques.blockwise import (
     Block,
     BlockTechnique,
     observe,
-    relative_error,
+    token_error,
 )
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.cast import Cast
@@ -39,6 +41,7 @@ from gossamer.techniques.quantize.layers import weight_decisions
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.scaled import Awq, Smooth
 from gossamer.techniques.sweep_memory import SweepMemory
+from gossamer.techniques.sweep_shared import share_of
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "models" / "test_structure.py"))["FAMILIES"]
 SPEAK = get_task("causal-lm")
@@ -124,11 +127,11 @@ def test_moments_are_sums_over_tokens_and_shared_by_readers_of_one_tensor() -> N
 
 def test_each_token_counts_by_its_own_size() -> None:
     wanted = torch.tensor([[[1.0, 1.0], [1000.0, 1000.0]]])
-    assert relative_error([wanted], [wanted]) == 0
-    assert relative_error([wanted * 1.1], [wanted]) == pytest.approx(0.01)
-    assert relative_error([wanted + torch.tensor([[[1.0], [0.0]]])], [wanted]) == pytest.approx(0.5)
+    assert token_error(wanted, wanted) == 0
+    assert float(token_error(wanted * 1.1, wanted)) == pytest.approx(0.01)
+    assert float(token_error(wanted + torch.tensor([[[1.0], [0.0]]]), wanted)) == pytest.approx(0.5)
     picture = torch.ones(1, 3, 4, 4)
-    assert relative_error([picture * 1.5], [picture]) == pytest.approx(0.25)
+    assert float(token_error(picture * 1.5, picture)) == pytest.approx(0.25)
 
 
 class Rounded(BlockTechnique):
@@ -240,30 +243,48 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped_and_ends_with_the_same_co
     assert same(candidate, straight)
 
 
-def test_streams_are_kept_verbatim(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spilled", [False, True])
+def test_streams_are_kept_verbatim(tmp_path: Path, spilled: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     one, two, three = (torch.randn(1, 3, 2, generator=draw) for _ in range(3))
-    stack = Stack("layers", 2, 1, "Layer")
-    live = Stream(outputs=[one, (two, None, three)], finished={"encoder": [three]})
+    outputs: list[Output] = [one, (two, None, three.bfloat16()), three[:, 1:]]
+    share = share_of(len(outputs), ALONE)
+    encoder, decoder = Stack("encoder", 1, 1, "Layer"), Stack("decoder", 2, 1, "Layer")
+    places = [(encoder, 0), (decoder, 0), (decoder, 1)]
     with Run(tmp_path, {"verb": "test"}) as run:
         memory = SweepMemory(run, {"of": "test"})
-        memory.save_streams([(stack, 0), (stack, 1)], 0, live, Stream())
-        memory.save_streams([(stack, 0), (stack, 1)], 1, live, Stream())
-        assert len(list((tmp_path / "steps").glob("stream-*"))) == 1
-        found = Stream()
-        assert memory.load_streams([(stack, 0), (stack, 1)], found, Stream()) == 2
-        memory.forget_streams([(stack, 0), (stack, 1)])
-        assert memory.load_streams([(stack, 0), (stack, 1)], Stream(), Stream()) == 0
-    first, second = found.outputs
-    assert isinstance(first, Tensor)
-    assert torch.equal(first, one)
-    assert isinstance(second, tuple)
-    assert torch.equal(second[0], two)
-    assert second[1] is None
-    assert torch.equal(second[2], three)
-    (encoder,) = found.finished["encoder"]
-    assert isinstance(encoder, Tensor)
-    assert torch.equal(encoder, three)
+
+        def pass_on(number: int, of: str, outputs: list[Output]) -> Sequence[Output]:
+            return memory.passed(places, number, of, iter(outputs), share=share, spilled=spilled)
+
+        for number in range(3):
+            pass_on(number, "reference", outputs[:2])
+            found = pass_on(number, "live", outputs[number:] + outputs[:number])
+            assert isinstance(found, Lazy) == spilled
+            memory.forget_streams(places, number - 1)
+        # those behind the last block of a stack, and the last
+        assert len(list((tmp_path / "steps").glob("stream-*"))) == 4
+        assert len(pass_on(2, "live", [])) == 3  # what is there is not computed again
+        live, reference = Stream(), Stream()
+        assert memory.load_streams(places, live, reference, share) == 3
+        assert same_outputs(live.finished["encoder"], outputs)
+        assert same_outputs(live.finished["decoder"], outputs[2:] + outputs[:2])
+        assert same_outputs(reference.finished["encoder"], outputs[:2])
+        memory.forget_streams(places)
+        assert not list((tmp_path / "steps").glob("stream-*"))
+        assert memory.load_streams(places, Stream(), Stream(), share) == 0
+
+
+def same_outputs(found: Sequence[Output], wanted: Sequence[Output]) -> bool:
+    def same_output(ours: Output, theirs: Output) -> bool:
+        if isinstance(ours, Tensor) or isinstance(theirs, Tensor):
+            both = isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+            return both and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        return len(ours) == len(theirs) and all(
+            a is b if a is None or b is None else same_output(a, b) for a, b in zip(ours, theirs, strict=True)
+        )
+
+    return len(found) == len(wanted) and all(same_output(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_too_few_samples_are_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from gossamer.cli import options
 from gossamer.cli.console import Screen
+from gossamer.run.team import started_rank
 
 
 def apply(
@@ -39,7 +40,8 @@ def apply(
     if goal is not None:
         options.check_goal(goal)
     columns, settings = options.read_columns(column), options.read_settings(task_set)
-    screen = Screen(as_json=json, quiet=quiet)
+    leads = started_rank() == 0
+    screen = Screen(as_json=json, quiet=quiet or not leads)
     from gossamer import api
     from gossamer.cli.outcome import show_run, status_of
 
@@ -64,7 +66,7 @@ def apply(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        page = api.report(out)
-    if not screen.answer(result):
+        page = api.report(out) if leads else None
+    if page is not None and not screen.answer(result):
         show_run(screen, result, page)
     raise typer.Exit(status_of(result.verdict))

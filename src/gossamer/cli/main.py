@@ -19,6 +19,7 @@ import typer
 from gossamer.cli import apply, bench, compare, doctor, evaluate, inspect, optimize, plan, report
 from gossamer.cli.terminal import plain
 from gossamer.errors import GossamerError
+from gossamer.run.team import started_rank
 
 RESUMABLE = ("optimize", "apply")  # these keep what is done in the folder named by --out
 ERROR, INTERRUPTED = 1, 130
@@ -117,10 +118,11 @@ def _usage_hint(given: Sequence[str]) -> str:
 
 
 def _say_error(given: Sequence[str], kind: str, message: str, hint: str) -> None:
-    print(plain(f"error: {message}"), file=sys.stderr)
+    rank = started_rank()
+    print(plain(f"error{f' of process {rank}' if rank else ''}: {message}"), file=sys.stderr)
     if hint:
         print(plain(f"hint: {hint}"), file=sys.stderr)
-    if "--json" in given:
+    if "--json" in given and not rank:
         print(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}))
 
 

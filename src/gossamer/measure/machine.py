@@ -283,6 +283,11 @@ def adds_in_pairs() -> bool:
     return bool(sets & {"avx2", "avx512f"}) and not sets & set(INT8_DOT)
 
 
+def multiplies_bf16() -> bool:
+    """Say whether the processor multiplies bfloat16 numbers natively."""
+    return bool(set(processor()[1]) & set(BF16_NATIVE))
+
+
 def _int8(sets: set[str]) -> Finding:
     name = next((name for name in INT8_DOT if name in sets), None)
     if name is not None:

@@ -9,7 +9,7 @@ one. The cost is the stem's, and no architecture is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -92,8 +92,8 @@ def _standing_in(stack: nn.Module, acts: Mapping[str, Callable[[Call], Output]])
 class Stream:
     """Hold the outputs of the block passed last, one a sample, and those of the last block of each finished stack."""
 
-    outputs: list[Output] = field(default_factory=list)
-    finished: dict[str, list[Output]] = field(default_factory=dict)
+    outputs: Sequence[Output] = field(default_factory=list)
+    finished: dict[str, Sequence[Output]] = field(default_factory=dict)
 
     def finish(self, stack: str) -> None:
         """Note that the last block of a stack was passed."""
@@ -132,12 +132,12 @@ class Walker:
                 f"{stack.name}.{keys[index]} is not called by the model's forward", "name it in `ignore`"
             )
 
-    def replay(self, stream: Stream) -> Iterator[Any]:
+    def replay(self, stream: Stream, positions: Iterable[int] | None = None) -> Iterator[Any]:
         """Yield each sample's output with all finished stacks answering from the stream: only the rest computes."""
-        for position, sample in enumerate(self.samples):
+        for position in range(len(self.samples)) if positions is None else positions:
             with ExitStack() as entered:
                 self._replay_finished(entered, stream, position)
-                output = self.forward(self.module, sample)
+                output = self.forward(self.module, self.samples[position])
             yield output
 
     def outputs(

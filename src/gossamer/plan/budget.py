@@ -2,10 +2,13 @@
 
 whole        original and candidate side by side in float32, and what runs them
 piece by piece      a share of the memory for weights; the rest is for the block at hand and what solves it
+
+Calibration samples get what is left beside that. Those that do not fit lie in files, so a step needs memory for one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +16,11 @@ from gossamer.errors import RuntimeUnavailable, TechniqueError
 from gossamer.measure.machine import memory_bytes
 from gossamer.measure.memory import resident_bytes
 from gossamer.models.source import Source
+from gossamer.run.atomic import check_space, readable_bytes
+from gossamer.run.team import Team
 from gossamer.runtimes.base import Runtime
 from gossamer.techniques.base import Technique
+from gossamer.techniques.blockwise import BlockTechnique
 
 if TYPE_CHECKING:
     from gossamer.plan.job import Job
@@ -40,23 +46,65 @@ def check_fits(job: Job, steps: Sequence[Technique]) -> None:
         raise TechniqueError(
             f"{worst} needs about {needs[worst] / GIB:.1f} GiB for {job.source.name}; "
             f"{limit / GIB:.1f} GiB may be used",
-            "raise --memory, give fewer or shorter calibration rows, or round without data: quantize",
+            "raise --memory, give shorter calibration rows, or round without data: quantize",
         )
     share = f"about {needs[worst] / GIB:.1f} of {limit / GIB:.1f} GiB"
     job.progress.say(f"{job.source.name} is read piece by piece: {share}, for {worst}")
+    for step in steps:
+        if isinstance(step, BlockTechnique):
+            # of each sample what is in front of a block, and behind
+            together = 2 * min(step.samples, len(job.calibration)) * _sample_bytes(job)
+            if together > limit - needs[step.label()]:
+                check_space(job.run.folder, together)
+                job.progress.say(f"samples of {step.name} lie in {job.run.folder}: {readable_bytes(together)}")
+
+
+def memory_of_one(memory: int | None, team: Team) -> int | None:
+    """Return the bytes that this process may use of what was granted to all on this machine; the same for every one."""
+    return memory if team.size == 1 else int(team.everywhere(_limit(memory))) // team.local_size
 
 
 def needed_bytes(job: Job, step: Technique) -> int:
-    """Return about how much memory a step takes at its peak, the process and the weights that are kept included."""
-    assert job.budget is not None
-    return resident_bytes() + job.budget + step.working_bytes(job.model, len(job.calibration), _sample_bytes(job))
+    """Return about how much memory a step takes at its peak, the process and the weights that are kept included.
+
+    One calibration sample is in memory with it: all others may lie in files.
+    """
+    work = step.working_bytes(job.model, min(1, len(job.calibration)), _sample_bytes(job) + _passing_bytes(job))
+    return resident_bytes() + (job.budget or 0) + work
+
+
+def samples_memory(job: Job, step: Technique) -> int | None:
+    """Return how many bytes the calibration samples of a step may take together, beside the block at hand.
+
+    Asked when the candidate is there: a model that is opened whole is in memory by then. None: no limit was set, and
+    the model was opened whole.
+    """
+    if job.budget is None and job.memory is None:
+        return None
+    return max(0, _limit(job.memory) - needed_bytes(job, step))
 
 
 def _sample_bytes(job: Job) -> int:
     """Return what the longest calibration sample takes between two blocks, its mask included."""
     width = max((layer.shape[-1] for layer in job.model.layers if layer.kind == "norm"), default=1)
-    tokens = max((batch.inputs[next(iter(batch.inputs))].size for batch in job.calibration), default=0)
-    return 4 * tokens * (2 * width + tokens)
+    return 4 * _tokens(job) * (2 * width + _tokens(job))
+
+
+def _passing_bytes(job: Job) -> int:
+    """Return what the longest calibration sample takes more while it passes a block: outputs of layers, attention."""
+    outputs: Counter[tuple[str, int | None]] = Counter()
+    for layer in job.model.layers:
+        if layer.stack is not None:
+            outputs[layer.stack, layer.block] += layer.shape[0]
+    heads = getattr(job.source.config, "num_attention_heads", 0)
+    scores = 3 * heads * _tokens(job) if isinstance(heads, int) else 0  # as they are, masked, and as shares
+    return 4 * _tokens(job) * (max(outputs.values(), default=0) + scores)
+
+
+def _tokens(job: Job) -> int:
+    """Return the length of the longest calibration sample; of a model that is opened whole nobody has to know."""
+    samples = job.calibration if job.budget is not None else ()
+    return max((batch.inputs[next(iter(batch.inputs))].size for batch in samples), default=0)
 
 
 def _limit(memory: int | None) -> int:

@@ -8,28 +8,30 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gossamer.errors import DataError, GoalError, RuntimeUnavailable, TechniqueError
+from gossamer.errors import DataError, GoalError, RunError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Verdict
 from gossamer.measure.machine import stamp
 from gossamer.plan.allocation import mixed_recipes
-from gossamer.plan.budget import check_fits
+from gossamer.plan.budget import check_fits, memory_of_one
 from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
 from gossamer.plan.predict import Corrections, Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare
 from gossamer.plan.profile import profile
-from gossamer.plan.proof import package_versions, refused_by, steps_recipe
+from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
 from gossamer.plan.records import Original, PlanResult, Prediction, Provenance, RunResult, Tried
 from gossamer.plan.search import Found, Menu, Search, prove, time_budget
 from gossamer.recipe import Recipe
 from gossamer.run.atomic import publish_folder, write_text
-from gossamer.run.workspace import Run
+from gossamer.run.team import Team, assembled, num_processes
+from gossamer.run.workspace import Onlooker, Run
 from gossamer.runtimes.manifest import MANIFEST
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import SearchSpace
@@ -45,6 +47,7 @@ def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
 
     With `out` the tables stay in that run folder, and `optimize` with the same arguments goes on from them.
     """
+    _alone("plan")
     prepared = prepare(inputs)
     with (
         _folder(out) as folder,
@@ -73,6 +76,7 @@ def optimize_run(
     inputs: Inputs, goal: Goal, out: Path, *, fresh: bool, max_candidates: int, time_budget_seconds: float | None
 ) -> RunResult:
     """Return what a search for the goal found, after publishing its artifact and report.json in `out`."""
+    _alone("optimize")
     began = time.monotonic()
     prepared = prepare(inputs)
     budget = min((s for s in (time_budget(goal), time_budget_seconds) if s is not None), default=None)
@@ -91,11 +95,32 @@ def optimize_run(
 def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, fresh: bool) -> RunResult:
     """Return what one recipe gives, after publishing its artifact and report.json in `out`.
 
-    Without a goal the verdict says whether the file holds and computes what the recipe says.
+    Without a goal the verdict says whether the file holds and computes what the recipe says. Processes that were
+    started together (torchrun) share the calibrated steps, and all return the same result.
     """
-    began = time.monotonic()
     steps: Steps = tuple(resolve(recipe))
-    prepared = prepare(inputs)
+    with assembled() as team:
+        inputs = replace(inputs, memory=memory_of_one(inputs.memory, team))
+        prepared = prepare(inputs)
+        if not team.leads:
+            return _follow(inputs, prepared, steps, out, team)
+        result = _lead(inputs, prepared, steps, goal, out, fresh, team)
+        team.everywhere({"result": result.model_dump_json()})
+        return result
+
+
+def _follow(inputs: Inputs, prepared: Prepared, steps: Steps, out: Path, team: Team) -> RunResult:
+    """Take part in what the leading process shares out, and return its result."""
+    with opened_job(inputs, prepared, Onlooker(out), team) as job:
+        while (told := team.everywhere()) == APPLY:
+            apply_steps(job, steps)
+    return RunResult.model_validate_json(told["result"])
+
+
+def _lead(
+    inputs: Inputs, prepared: Prepared, steps: Steps, goal: Goal | None, out: Path, fresh: bool, team: Team
+) -> RunResult:
+    began = time.monotonic()
     needed = max((step.rows_needed() for step in steps), default=0)
     if len(prepared.calibration) < needed:
         raise DataError(
@@ -105,7 +130,10 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
     if inputs.data is None and goal is not None and any(part.quantity == "quality" for part in goal.constraints):
         raise DataError("the goal bounds quality, but there are no rows to measure it on", "give rows with --data")
     what = {"recipe": steps_recipe(steps), "goal": str(goal) if goal else ""}
-    with Run(out, identity(inputs, prepared, **what), fresh=fresh) as run, opened_job(inputs, prepared, run) as job:
+    with (
+        Run(out, identity(inputs, prepared, **what), fresh=fresh) as run,
+        opened_job(inputs, prepared, run, team) as job,
+    ):
         decisions = [decision for step in steps for decision in step.resolve(job.model)]
         if twice := rounds_twice(steps, job.model):
             raise TechniqueError(
@@ -129,6 +157,15 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
             reason += "; quality was not measured: no rows were given"
         found = Found((tried,), (), 0, verdict, reason)
         return _published(job, inputs, prepared, "apply", goal, original, found, began)
+
+
+def _alone(verb: str) -> None:
+    """Raise RunError when several processes were started for what one does."""
+    if num_processes() > 1:
+        raise RunError(
+            f"`{verb}` works in one process, {num_processes()} were started",
+            "start it without torchrun; several processes can `apply` a recipe",
+        )
 
 
 def check_measurable(job: Job, goal: Goal | None) -> None:

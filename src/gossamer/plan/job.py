@@ -18,6 +18,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.run.progress import Progress
+from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
 from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
@@ -51,6 +52,7 @@ class Job:
     scored: bool = True  # False: `evaluation` is made up, fit for checking outputs but not for quality
     memory: int | None = None  # bytes that the run may take, when the user set a limit
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
+    team: Team = ALONE  # the processes that carry out this job together
 
     @property
     def profiled(self) -> tuple[Batch, ...]:

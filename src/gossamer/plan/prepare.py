@@ -26,6 +26,7 @@ from gossamer.plan.budget import weights_budget
 from gossamer.plan.job import Job
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
+from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
@@ -132,11 +133,14 @@ def _read(rows: Rows, task: Task, columns: Mapping[str, str]) -> tuple[list[Row]
 
 
 @contextmanager
-def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
-    """Yield the job over an opened run folder, with this process's threads set for its length."""
+def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE) -> Iterator[Job]:
+    """Yield the job over an opened run folder, with this process's threads set for its length.
+
+    Processes that share this machine share its cores; what is served and timed has them all.
+    """
     threads = inputs.threads or usable_cores()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(inputs.threads or max(1, threads // team.local_size))
     try:
         task, source, runtime = prepared.task, prepared.source, get_runtime(inputs.runtime)
         budget = weights_budget(source, runtime, inputs.memory)
@@ -170,6 +174,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run) -> Iterator[Job]:
             scored=bool(prepared.evaluation),
             budget=budget,
             memory=inputs.memory,
+            team=team,
         )
     finally:
         torch.set_num_threads(before)

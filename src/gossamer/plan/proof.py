@@ -8,6 +8,7 @@ original), `timed` (latency in turns with the original; peak memory).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
+from gossamer.plan.budget import samples_memory
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
@@ -29,6 +31,7 @@ from gossamer.tasks.base import Arrays, Evaluation, RunAll, Scores, spread
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.registry import recipe_of
 
+APPLY = "apply"  # what the process that leads tells the others
 NUM_CHECKED_BATCHES = 8
 NUM_STREAMED_BATCHES = 2  # of a model that is read from disk for each pass
 CHECKED_VALUES = 1 << 21  # of one output that is compared, whole rows of its last axis
@@ -43,6 +46,7 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
     rows_used = job.prints["calibration"] if any(step.rows_needed() for step in steps) else None
 
     def build(folder: Path) -> dict[str, Any]:
+        job.team.everywhere(APPLY)  # the other processes wait for this, and apply the steps too
         candidate, decisions = apply_steps(job, steps)
         save_file(_checked_arrays(job, candidate), folder / "expected.safetensors")
         target = folder / "artifact"
@@ -79,10 +83,12 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         seed=job.seed,
         run=job.run,
         identity=job.step_inputs(calibration=job.prints["calibration"], seed=job.seed),
+        team=job.team,
     )
     decisions: list[Decision] = []
     for step in steps:
         decisions += step.resolve(job.model)
+        context = replace(context, samples_memory=samples_memory(job, step))
         candidate = step.apply(candidate, job.model, context)
     return candidate, decisions
 

@@ -198,6 +198,17 @@ class Run:
             error.add_note(f"and the journal could not be written: {second}")
 
 
+class Onlooker(Run):
+    """Stand for a run folder that another process of the team writes: here it only has a place."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def record(self, event: str, **fields: Json) -> Entry:
+        """Refuse: the process that leads keeps the journal."""
+        raise AssertionError(f"{event} was to be recorded by a process that does not lead")
+
+
 def read_identity(folder: Path) -> dict[str, Any]:
     """Return what a run folder is about, without opening it for writing. Raises RunError when it is none or damaged."""
     path = folder / "run.json"

@@ -18,6 +18,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.run.progress import Progress
+from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
 from gossamer.tasks.base import Arrays, Batch, Task
 
@@ -65,6 +66,8 @@ class Context:
     """Hold what `apply` may use besides the candidate: one example request, calibration batches, progress, the seed.
 
     `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
+    `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
+    processes that carry out this step together, each with the same candidate.
     """
 
     task: Task
@@ -74,6 +77,8 @@ class Context:
     seed: int = 0
     run: Run | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    samples_memory: int | None = None
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)

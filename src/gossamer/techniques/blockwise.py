@@ -14,18 +14,17 @@ fits a block's output to the reference). A block whose error is not finite, or t
 rounding does, is rounded plainly and reported.
 
 Of a streamed candidate only the block at hand is in memory: its weights are read for a pass and given back, its codes
-go to the run folder and are read from there when somebody asks. Left out as yet: samples spilled to disk, several
-processes.
+go to the run folder and are read from there when somebody asks. So do samples that do not fit (`sweep_samples.py`).
+Passes that observe and hand on may compute in bfloat16 (`sweep_precision.py`). Several processes share the samples and
+the layers of each block, and find what one would (`sweep_shared.py`).
 """
 
 from __future__ import annotations
 
-import math
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,18 +35,18 @@ from torch import Tensor, nn
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
-from gossamer.models.roles import ModelMap, Stack
-from gossamer.models.walker import Call, Output, Stream, Walker, block_keys, hidden_states
+from gossamer.models.roles import ModelMap
+from gossamer.models.walker import Call, Output, hidden_states
+from gossamer.run.team import Team
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
-from gossamer.techniques.sweep_memory import SweepMemory
+from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, NUM_TRIED, CalibrationDtype, computing
+from gossamer.techniques.sweep_shared import Share, shared_codes, shared_tensors, summed
 
 SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
 SHARED_INPUTS = frozenset(("k", "v", "up"))  # layers that read what another one (q, gate) reads: one set of moments
-NUM_GATED = 4  # samples on which the error behind each block is measured
-GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples
 
 
 def observe(layers: Mapping[str, nn.Module], passes: Iterator[Any]) -> dict[str, Moments]:
@@ -99,10 +98,15 @@ class Block:
     module: nn.Module
     calls: Sequence[Call]
     targets: Sequence[Output]
-    decisions: Mapping[str, Decision]  # by parameter name
+    decisions: Mapping[str, Decision]  # by parameter name: what is solved here
+    inside: Mapping[str, Decision]  # and all that any process solves
     candidate: Candidate
-    passes: Callable[[], Iterator[Any]]
+    passes: Callable[[range], Iterator[Any]]
+    share: Share
+    owners: Mapping[str, int]
+    team: Team
     seed: int = 0
+    dtype: str = FLOAT32  # of the passes that observe and hand on
     solved: dict[str, Quantized] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
     replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
@@ -111,11 +115,13 @@ class Block:
     def moments(self) -> dict[str, Moments]:
         """Return the moments of each decided layer's input, by parameter, from one pass over the samples.
 
-        A layer that no sample reaches (a starved expert), or whose error no second moment describes, is missing.
+        A layer that no sample reaches (a starved expert), or whose error no second moment describes, is missing. Every
+        process takes part, whatever it solves itself.
         """
-        owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.decisions}
-        with self.in_memory():
-            return observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+        owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.inside}
+        layers = {name: layer for name, layer in owners.items() if has_moments(layer)}
+        with self.in_memory(), computing(self.dtype):
+            return summed(self.team, self.share, lambda part: observe(layers, self.passes(part)), self.owners)
 
     def in_memory(self) -> AbstractContextManager[None]:
         """Keep the block's weights in memory while the `with` lasts (those of a whole model are never kept)."""
@@ -137,6 +143,18 @@ class Block:
         self.weights[parameter] = values.detach().float().clone()
         self.candidate.put_weight(parameter, partial(self.weights.__getitem__, parameter))
 
+    def exchange(self) -> None:
+        """Put what other processes have solved in place here too, and take in their notes."""
+        if self.team.size == 1:
+            return
+        for parameter, values in shared_tensors(self.team, self.weights).items():
+            if parameter not in self.weights:
+                self.set_weight(parameter, values)
+        self.solved, mine = {}, self.solved
+        for parameter, codes in shared_codes(self.team, mine).items():
+            self.set_quantized(parameter, codes)
+        self.notes = [note for notes in self.team.gathered(self.notes) for note in notes]
+
     def restore_weights(self) -> None:
         """Put back every value that `set_weight` replaced."""
         for parameter, values in self.replaced.items():
@@ -144,20 +162,42 @@ class Block:
         self.weights.clear()
         self.replaced.clear()
 
-    def output_error(self) -> float:
-        """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`)."""
+    def output_error(self, count: int | None = None) -> float:
+        """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`).
+
+        On the first `count` of all samples, or as many as have targets.
+        """
+        here = len(self.targets) if count is None else self.share.first(count)
         with self.in_memory():
-            found = [hidden_states(call(self.module)) for call in self.calls[: len(self.targets)]]
-        return relative_error(found, [hidden_states(target) for target in self.targets])
+            pairs = zip(self.calls[:here], self.targets[:here], strict=True)
+            return self._mean(
+                token_error(hidden_states(call(self.module)), hidden_states(target)) for call, target in pairs
+            )
+
+    def drift(self) -> float:
+        """Return how far the block's outputs in bfloat16 are from those in float32, on NUM_TRIED samples."""
+        errors = []
+        with self.in_memory():
+            for call in self.calls[: self.share.first(NUM_TRIED)]:
+                exact = hidden_states(call(self.module))
+                try:
+                    with computing(BFLOAT16):
+                        errors.append(token_error(hidden_states(call(self.module)), exact))
+                except RuntimeError:  # the model's own code mixes dtypes in a way that autocast does not see
+                    errors.append(torch.tensor(torch.inf))
+        return self._mean(errors)
+
+    def _mean(self, errors: Iterable[Tensor]) -> float:
+        """Return the mean over the samples of all processes, added in the order of the samples."""
+        told = self.team.gathered(
+            [[number, float(error)] for number, error in zip(self.share.numbers, errors, strict=False)]
+        )
+        values: list[float] = [error for _, error in sorted(pair for theirs in told for pair in theirs)]
+        return sum(values) / len(values)
 
 
 def _itself(values: Tensor) -> Tensor:
     return values
-
-
-def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Return the mean over samples of `token_error`."""
-    return sum(float(token_error(a, b)) for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
 
 def token_error(found: Tensor, wanted: Tensor) -> Tensor:
@@ -182,6 +222,10 @@ class BlockTechnique(Technique):
     """A technique that solves one block at a time from calibration samples: `solve` is all that it adds."""
 
     samples: int = Field(128, ge=1, description="calibration samples that are used, evenly spread over those given")
+    calibration_dtype: CalibrationDtype = Field(
+        "auto",
+        description="what samples pass blocks in: bfloat16 where that is faster and cannot be told, or as set",
+    )
 
     @abstractmethod
     def solve(self, block: Block) -> None:
@@ -213,7 +257,12 @@ class BlockTechnique(Technique):
 
     @property
     def fits_outputs(self) -> bool:
-        """Say whether `solve` wants the reference outputs of every sample."""
+        """Say whether `solve` wants the reference outputs of every sample: then no second process can have some."""
+        return False
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Say whether `solve` looks at each layer by itself, so that processes may have some each."""
         return False
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
@@ -225,7 +274,8 @@ class BlockTechnique(Technique):
         for (stack, _), decisions in places.items():
             values = sum(decision.layer.num_parameters for decision in decisions) if stack is not None else 0
             moments = sum(_moment_bytes(decision) for decision in decisions)
-            largest = max(largest, PASSED_VALUE_BYTES * values + (moments if stack is not None else 0))
+            # moments twice: a sum over the samples so far, and that of the chunk at hand
+            largest = max(largest, PASSED_VALUE_BYTES * values + (2 * moments if stack is not None else 0))
             for decision in decisions:  # moments of layers that were solved are given back
                 rows, inputs = decision.layer.shape[0], torch.Size(decision.layer.shape[1:]).numel()
                 # their factor in float64, and the rows with their codes and what is subtracted from them
@@ -244,144 +294,8 @@ class BlockTechnique(Technique):
                 f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
                 "name them under `ignore` in one of the two steps",
             )
+        from gossamer.techniques.sweep import Sweep  # a sweep is made of what stands here
+
         Sweep(self, candidate, model, context, decisions).run()
         candidate.applied.append(self.entry())
         return candidate
-
-
-class Sweep:
-    """Take a technique over a candidate's blocks, and remember each finished one in the run folder if there is one."""
-
-    def __init__(
-        self,
-        technique: BlockTechnique,
-        candidate: Candidate,
-        model: ModelMap,
-        context: Context,
-        decisions: Sequence[Decision],
-    ) -> None:
-        self.technique = technique
-        self.candidate = candidate
-        self.context = context
-        self.decisions = {decision.parameter: decision for decision in decisions}
-        self.place = {d.parameter: (d.layer.stack, d.layer.block) for d in decisions}
-        used = {stack for stack, _ in self.place.values()}
-        self.stacks = [stack for stack in model.stacks if stack.name in used]
-        batches = context.calibration
-        count = min(technique.samples, len(batches))
-        if count < technique.rows_needed():
-            raise TechniqueError(
-                f"{technique.name} needs {technique.rows_needed()} calibration samples, {count} were given",
-                "give more rows with --data",
-            )
-        picked = [batches[index * len(batches) // count] for index in range(count)]
-        samples = [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
-        source, output = candidate.source, context.task.output
-        self.walker = Walker(candidate.module, lambda module, inputs: source.forward(module, inputs, output), samples)
-        applied = [*candidate.applied, technique.entry()]
-        self.memory = SweepMemory(context.run, {**context.identity, "applied": applied})
-
-    def run(self) -> None:
-        """Solve the blocks in order, then what stands outside of them; goes on where a killed run stopped."""
-        places = [(stack, index) for stack in self.stacks for index in range(stack.num_blocks)]
-        live, reference = Stream(), Stream()
-        with (
-            self.candidate.simulated(),
-            torch.no_grad(),
-            self.context.progress.stage(f"{self.technique.name}: blocks", len(places) + 1) as advance,
-        ):
-            passed = self._resume(places, live, reference)
-            advance(passed)
-            for number in range(passed, len(places)):
-                stack, index = places[number]
-                self._block(stack, index, live, reference)
-                if index == stack.num_blocks - 1:
-                    live.finish(stack.name)
-                    reference.finish(stack.name)
-                self.memory.save_streams(places, number, live, reference)
-                advance(1)
-            self._rest(live)
-            self.memory.forget_streams(places)
-            advance(1)
-
-    def _resume(self, places: Sequence[tuple[Stack, int]], live: Stream, reference: Stream) -> int:
-        """Put back what an earlier run finished; return how many blocks were passed, their codes in place."""
-        passed = self.memory.load_streams(places, live, reference)
-        if passed == 0 and places and self.memory.solved_all(places, bool(self._outside())):
-            passed = len(places)  # killed behind the sweep: nothing but codes is needed
-        for stack, index in places[:passed]:
-            remembered = self.memory.load(stack.name, index, self._block_at(stack, index, []))
-            assert remembered is not None, f"{stack.name} {index} was passed, but its codes are gone"
-        return passed
-
-    def _block_at(self, stack: Stack, index: int, calls: Sequence[Call]) -> Block:
-        container = self.candidate.module.get_submodule(stack.name)
-        key = block_keys(container)[index]
-        module = container.get_submodule(key)
-        inside = {p: d for p, d in self.decisions.items() if self.place[p] == (stack.name, index)}
-        passes = lambda: (call(module) for call in calls)  # noqa: E731
-        return Block(f"{stack.name}.{key}", module, calls, [], inside, self.candidate, passes, self.context.seed)
-
-    def _block(self, stack: Stack, index: int, live: Stream, reference: Stream) -> None:
-        began = time.monotonic()
-        count = len(self.walker.samples)
-        gated = count if self.technique.fits_outputs else min(NUM_GATED, count)
-        block = self._block_at(stack, index, list(self.walker.calls(stack, index, live)))
-        # every call is found before any output is replaced
-        wanted = list(self.walker.calls(stack, index, reference, gated))
-        with block.in_memory():
-            reference.outputs = [call(block.module) for call in wanted]
-        block.targets = reference.outputs
-        finding = self.memory.load(stack.name, index, block)
-        if finding is None:
-            finding = self._solve(block)
-            self.memory.save(stack.name, index, block, finding)
-        with block.in_memory():
-            live.outputs = [call(block.module) for call in block.calls]
-        plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
-        notes = "".join(f"; {note}" for note in finding["notes"])
-        seconds = time.monotonic() - began
-        self.context.progress.say(f"{block.name}: error {finding['error']:.2e}{plain}{notes}, {seconds:.1f} s")
-
-    def _solve(self, block: Block) -> dict[str, Any]:
-        """Solve a block, compare with plain rounding on the gated samples, and fall back where that is better."""
-        streamed = self.candidate.weights is not None  # then the values are read again
-        before = {parameter: block.weight(parameter) for parameter in block.decisions if not streamed}
-        before = {parameter: values.clone() for parameter, values in before.items()}
-        gate = replace(block, calls=block.calls[:NUM_GATED], targets=block.targets[:NUM_GATED])
-        plain_error = None
-        plain = self.technique.plain_codes(block)
-        if plain:
-            for parameter, codes in plain.items():
-                self.candidate.set_quantized(parameter, codes)
-            plain_error = gate.output_error()
-            for parameter in plain:
-                self.candidate.unset_quantized(parameter, before.get(parameter))
-        self.technique.solve(block)
-        error = gate.output_error()
-        if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):
-            block.notes.append(f"{self.technique.name} gave {error:.2e}, so it was rounded plainly")
-            block.restore_weights()
-            for parameter, codes in plain.items():
-                block.set_quantized(parameter, codes)
-            error = plain_error
-        if not math.isfinite(error):
-            raise TechniqueError(
-                f"the outputs of {block.name} are not finite after {self.technique.name}",
-                "the model overflows in float32: look at its weights with `gossamer inspect`",
-            )
-        return {"error": error, "plain": plain_error, "notes": block.notes}
-
-    def _outside(self) -> dict[str, Decision]:
-        return {parameter: d for parameter, d in self.decisions.items() if self.place[parameter][0] is None}
-
-    def _rest(self, live: Stream) -> None:
-        """Solve the decided layers outside of all blocks from one pass with the blocks' outputs replayed."""
-        outside = self._outside()
-        if not outside:
-            return
-        passes = lambda: self.walker.replay(live)  # noqa: E731
-        rest = Block("layers outside of blocks", self.candidate.module, [], [], outside, self.candidate, passes)
-        if self.memory.load("", 0, rest) is None:
-            self.technique.solve(rest)
-            self.memory.save("", 0, rest, {"notes": rest.notes})

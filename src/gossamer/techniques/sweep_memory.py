@@ -1,33 +1,45 @@
 """What a sweep keeps in the run folder, so that a killed run goes on behind the last finished block, bytes the same.
 
     block step      the codes of one block and the plain weights that were changed in it, kept
-    stream step     the calibration samples as they are behind that block, verbatim; the one before it is removed
+    stream step     the calibration samples as they are behind that block, verbatim: one step for those that passed the
+                    solved blocks, one for those that passed the blocks as they were; the steps before them are removed
 
-Both are content-addressed by everything that they depend on: model, rows, settings, the steps applied before, the code.
+All are content-addressed by everything that they depend on: model, rows, settings, the steps applied before, the code.
 Without a run folder nothing is kept.
+
+Of several processes the leader writes what is solved, and each its own samples: a stream has a file for each chunk of
+them (`sweep_shared.py`), so that any number of processes may go on. All of them see the run folder. Samples that do not
+fit into memory stay in these files and are read from there, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gossamer.models.deferred import Outline
 from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.models.roles import Stack
+from gossamer.models.spilled import Lazy, TensorFile
 from gossamer.models.walker import Output, Stream
+from gossamer.run.atomic import storage_errors
+from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
+from gossamer.techniques.sweep_samples import fetch, store
+from gossamer.techniques.sweep_shared import Share
 
 if TYPE_CHECKING:
     from gossamer.techniques.blockwise import Block
 
-CODES, STREAMS = "codes.safetensors", "streams.safetensors"
+CODES, TENSORS = "codes.safetensors", ".tensors"
+LIVE, REFERENCE = "live", "reference"
 WEIGHT_VALUES = ".weight-values"
 Places = Sequence[tuple[Stack, int]]
 
@@ -35,22 +47,32 @@ Places = Sequence[tuple[Stack, int]]
 class SweepMemory:
     """Save and load finished blocks and streams; `inputs` is what they all depend on."""
 
-    def __init__(self, run: Run | None, inputs: Mapping[str, Any]) -> None:
-        self.run = run
+    def __init__(self, run: Run | None, inputs: Mapping[str, Any], team: Team = ALONE) -> None:
+        self.run = run if team.leads else None
         self.inputs = inputs
+        self.team = team
+        self.kept = bool(team.everywhere(run is not None))
+
+    @property
+    def scratch(self) -> Path | None:
+        """Return the folder for what need not outlive this process; every process sees the same disk."""
+        found = self.team.everywhere(str(self.run.folder / "scratch") if self.run is not None else "")
+        return Path(found) if found else None
 
     def save(self, stack: str, index: int, block: Block, finding: Mapping[str, Any]) -> None:
         """Keep the codes and changed weights of a solved block, with what was found."""
-        if self.run is None:
+        if not self.kept:
             return
 
         def build(folder: Path) -> dict[str, Any]:
             save_file(_tensors(block.solved) | _plain(block), folder / CODES)
             return {**finding, "specs": {name: codes.spec.model_dump() for name, codes in block.solved.items()}}
 
-        step = self.run.step("block", self._at(stack, index), build)
+        if self.run is not None:
+            self.run.step("block", self._at(stack, index), build)
         if block.candidate.weights is not None:  # what lies on disk need not stay in memory
-            self._put(block, step.folder, {name: codes.spec for name, codes in block.solved.items()})
+            folder, _ = self._finished("block", self._at(stack, index))
+            self._put(block, folder, {name: codes.spec for name, codes in block.solved.items()})
             block.solved.clear()
             block.weights.clear()
             block.replaced.clear()
@@ -73,58 +95,114 @@ class SweepMemory:
 
     def load(self, stack: str, index: int, block: Block) -> dict[str, Any] | None:
         """Put a finished block's codes and weights in place, return what was found; None when it is not finished."""
-        if self.run is None or not self.run.has("block", self._at(stack, index)):
+        if not self._has("block", self._at(stack, index)):
             return None
-        step = self.run.step("block", self._at(stack, index), _never)
-        specs = {name: QuantSpec.model_validate(spec) for name, spec in step.value["specs"].items()}
-        self._put(block, step.folder, specs)
-        return dict(step.value)
+        folder, value = self._finished("block", self._at(stack, index))
+        self._put(block, folder, {name: QuantSpec.model_validate(spec) for name, spec in value["specs"].items()})
+        return dict(value)
 
     def solved_all(self, places: Places, outside: bool) -> bool:
         """Say whether every block is finished, and what is outside of them too."""
         wanted = [(stack.name, index) for stack, index in places] + ([("", 0)] if outside else [])
-        run = self.run
-        return run is not None and all(run.has("block", self._at(stack, index)) for stack, index in wanted)
+        return all(self._has("block", self._at(stack, index)) for stack, index in wanted)
 
-    def save_streams(self, places: Places, number: int, live: Stream, reference: Stream) -> None:
-        """Keep the samples as they are behind place `number`, and remove those behind the place before."""
-        if self.run is None:
-            return
+    def passed(
+        self,
+        places: Places,
+        number: int,
+        of: str,
+        outputs: Iterator[Output],
+        *,
+        share: Share,
+        spilled: bool,
+    ) -> Sequence[Output]:
+        """Return what the samples of a stream are behind place `number`, kept in the run folder.
+
+        `outputs` are computed only when they are not there already. They stay in memory unless `spilled`.
+        """
+        if not self.kept:
+            return list(outputs)
+        at = self._behind(places, number, of)
+        if self._has("stream", at):
+            return self._fetched(at, share)
+        held: list[Output] | None = None if spilled else []
 
         def build(folder: Path) -> dict[str, Any]:
-            tensors: dict[str, Tensor] = {}
-            shapes = {name: _pack(name, stream, tensors) for name, stream in _named(live, reference)}
-            save_file(tensors, folder / STREAMS)
-            return shapes
+            where = Path(self.team.everywhere(str(folder)))
+            with storage_errors(where):
+                told = _written(where, outputs, share, held)
+            return {chunk: entries for theirs in self.team.gathered(told) for chunk, entries in theirs.items()}
 
-        self.run.step("stream", self._behind(places, number), build)
-        if number:
-            self.run.discard("stream", self._behind(places, number - 1))
+        if self.run is not None:
+            self.run.step("stream", at, build)
+        else:
+            build(Path())
+        return held if held is not None else self._fetched(at, share)
 
-    def load_streams(self, places: Places, live: Stream, reference: Stream) -> int:
-        """Fill the streams with the last that were kept, and return how many places they have passed (0: none)."""
-        if self.run is None:
+    def _fetched(self, at: Mapping[str, Any], share: Share) -> Sequence[Output]:
+        """Return the outputs of a finished step that belong to this process, read when they are asked for."""
+        folder, index = self._finished("stream", at)
+        files = {chunk: TensorFile((folder / f"{chunk}{TENSORS}").open("rb")) for chunk in index}
+        entries = [
+            (files[str(chunk)], entry)
+            for chunk, _ in share.rounds
+            if str(chunk) in index
+            for entry in index[str(chunk)]
+        ]
+        return Lazy(lambda position: fetch(*entries[position]), range(len(entries)))
+
+    def load_streams(self, places: Places, live: Stream, reference: Stream, share: Share) -> int:
+        """Fill the streams with the last that were kept, and return how many places they have passed (0: none).
+
+        What a kill has left of places before that is removed.
+        """
+        if not self.kept:
             return 0
-        for number in reversed(range(len(places))):
-            if self.run.has("stream", self._behind(places, number)):
-                step = self.run.step("stream", self._behind(places, number), _never)
-                tensors = load_file(step.folder / STREAMS)
-                for name, stream in _named(live, reference):
-                    _unpack(name, stream, step.value[name], tensors)
-                return number + 1
-        return 0
+        numbers = reversed(range(len(places)))
+        last = next((n for n in numbers if self._has("stream", self._behind(places, n, LIVE))), -1)
+        for number in range(last + 1):
+            stack, index = places[number]
+            if index < stack.num_blocks - 1 and number < last:
+                self._discard(places, number)
+                continue
+            for of, stream in ((LIVE, live), (REFERENCE, reference)):
+                stream.outputs = self._fetched(self._behind(places, number, of), share)
+                if index == stack.num_blocks - 1:
+                    stream.finish(stack.name)
+        return last + 1
 
-    def forget_streams(self, places: Places) -> None:
-        """Remove the last streams: the sweep is over."""
-        if self.run is not None and places:
-            self.run.discard("stream", self._behind(places, len(places) - 1))
+    def forget_streams(self, places: Places, behind: int | None = None) -> None:
+        """Remove the streams behind place `behind`, which nothing will ask for again; all when the sweep is over.
+
+        Those behind the last block of a stack are asked for until the end.
+        """
+        if behind is None:
+            for number in range(len(places)):
+                self._discard(places, number)
+        elif behind >= 0 and places[behind][1] < places[behind][0].num_blocks - 1:
+            self._discard(places, behind)
+
+    def _discard(self, places: Places, number: int) -> None:
+        if self.run is not None:
+            for of in (LIVE, REFERENCE):
+                self.run.discard("stream", self._behind(places, number, of))
+
+    def _has(self, kind: str, at: Mapping[str, Any]) -> bool:
+        """Say whether a step is finished: what the leader sees, on every process."""
+        return bool(self.team.everywhere(self.run is not None and self.run.has(kind, at)))
+
+    def _finished(self, kind: str, at: Mapping[str, Any]) -> tuple[Path, Any]:
+        """Return folder and value of a finished step, on every process."""
+        step = self.run.step(kind, at, _never) if self.run is not None else None
+        folder, value = self.team.everywhere([str(step.folder), step.value] if step is not None else None)
+        return Path(folder), value
 
     def _at(self, stack: str, index: int) -> dict[str, Any]:
         return {**self.inputs, "stack": stack, "block": index}
 
-    def _behind(self, places: Places, number: int) -> dict[str, Any]:
+    def _behind(self, places: Places, number: int, of: str) -> dict[str, Any]:
         stack, index = places[number]
-        return self._at(stack.name, index)
+        return {**self._at(stack.name, index), "of": of}
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
@@ -162,46 +240,18 @@ def _plain(block: Block) -> dict[str, Tensor]:
     return {f"{name}{WEIGHT_VALUES}": values.contiguous() for name, values in kept.items()}
 
 
-def _named(live: Stream, reference: Stream) -> tuple[tuple[str, Stream], ...]:
-    return ("live", live), ("reference", reference)
-
-
-def _pack(name: str, stream: Stream, tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """Add a stream's tensors to `tensors`; return for each of its lists what each output is made of.
-
-    None is a tensor by itself; a list says of each part of a tuple whether it is a tensor (else it is None).
-    """
-    shapes: dict[str, list[Any]] = {}
-    for part, outputs in [("", stream.outputs), *stream.finished.items()]:
-        shapes[part] = []
-        for position, output in enumerate(outputs):
-            pieces = (output,) if isinstance(output, Tensor) else output
-            for place, piece in enumerate(pieces):
-                if isinstance(piece, Tensor):
-                    # a copy: outputs may share memory, which the format refuses
-                    tensors[f"{name}/{part}/{position}/{place}"] = piece.detach().clone().contiguous()
-                else:
-                    assert piece is None, f"a block gives {type(piece).__name__} among its outputs"
-            shapes[part].append(None if isinstance(output, Tensor) else [piece is not None for piece in output])
-    return shapes
-
-
-def _unpack(name: str, stream: Stream, shapes: Mapping[str, list[Any]], tensors: Mapping[str, Tensor]) -> None:
-    """Fill a stream with what `_pack` took apart."""
-    for part, made_of in shapes.items():
-        outputs: list[Output] = []
-        for position, pieces in enumerate(made_of):
-            key = f"{name}/{part}/{position}"
-            if pieces is None:
-                outputs.append(tensors[f"{key}/0"])
-            else:
-                outputs.append(
-                    tuple(tensors[f"{key}/{place}"] if there else None for place, there in enumerate(pieces))
-                )
-        if part:
-            stream.finished[part] = outputs
-        else:
-            stream.outputs = outputs
+def _written(folder: Path, outputs: Iterator[Output], share: Share, held: list[Output] | None) -> dict[str, Any]:
+    """Write outputs as they come, a file for each chunk; return what each file holds. Adds them to `held` too."""
+    told: dict[str, Any] = {}
+    for chunk, places in share.rounds:
+        file = None
+        for output in islice(outputs, len(places)):
+            if file is None:
+                file, told[str(chunk)] = TensorFile((folder / f"{chunk}{TENSORS}").open("wb")), []
+            told[str(chunk)].append(store(file, output))
+            if held is not None:
+                held.append(output)
+    return told
 
 
 def _never(_: Path) -> dict[str, Any]:

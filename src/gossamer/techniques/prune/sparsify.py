@@ -86,6 +86,11 @@ class Sparsify(BlockTechnique):
         """Return how much goes and by what: `sparsify 2:4 by wanda`."""
         return f"{self.name} {self.pattern or f'{self.sparsity:.0%}'} by {self.by}"
 
+    @property
+    def layer_by_layer(self) -> bool:
+        """Say that each layer is solved from the moments of its own input."""
+        return True
+
     def solve(self, block: Block) -> None:
         """Make each decided layer sparse; one that no calibration token reached goes by magnitude."""
         moments = {} if self.by == "magnitude" else block.moments()

@@ -119,6 +119,11 @@ class Gptq(CalibratedGrid):
     sparsity: float = Field(0.0, ge=0, lt=1, description="share of each layer's weights that SparseGPT takes out first")
     pattern: PatternText = Field("", description="n:m, as in 2:4: n of every m neighbours stay; replaces `sparsity`")
 
+    @property
+    def layer_by_layer(self) -> bool:
+        """Say that each layer is solved from the moments of its own input."""
+        return True
+
     def solve(self, block: Block) -> None:
         """Solve each layer from the second moments of its input; one without any is rounded plainly."""
         moments = block.moments()

@@ -48,14 +48,26 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""
         x_tI = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        if self._is_mean:
-            self._second_II *= self.num_tokens
-            self._is_mean = False
-        self._second_II.addmm_(x_tI.t(), x_tI)
+        self.sums()[0].addmm_(x_tI.t(), x_tI)
         size_tI = x_tI.abs()
         self._abs_sum_I += size_tI.sum(0)
         torch.maximum(self.max_abs_I, size_tI.amax(0), out=self.max_abs_I)
         self.num_tokens += x_tI.shape[0]
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums of x x^T and |x|, and the largest |x|: the very tensors that are held."""
+        if self._is_mean:
+            self._second_II *= self.num_tokens
+            self._is_mean = False
+        return self._second_II, self._abs_sum_I, self.max_abs_I
+
+    def merge(self, other: Moments) -> None:
+        """Take in all that another has seen of the same input."""
+        (second_II, abs_sum_I, max_abs_I), theirs = self.sums(), other.sums()
+        second_II += theirs[0]
+        abs_sum_I += theirs[1]
+        torch.maximum(max_abs_I, theirs[2], out=max_abs_I)
+        self.num_tokens += other.num_tokens
 
     @property
     def second_II(self) -> Tensor:

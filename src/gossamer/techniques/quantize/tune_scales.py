@@ -7,7 +7,6 @@ and the check on samples that were held back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
-from gossamer.measure.machine import BF16_NATIVE, processor
+from gossamer.measure.machine import multiplies_bf16
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
@@ -26,6 +25,7 @@ from gossamer.run.workspace import Run
 from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.quantize.scale_descent import Factors, descend_scales, scaled
+from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, computing
 
 MIN_SAMPLES = 8
 HELD_BACK = 8  # every so many-th sample only judges
@@ -99,7 +99,7 @@ class Tuning:
     learned: Sequence[dict[str, Tensor]]
     judged: Sequence[dict[str, Tensor]]
     start: Mapping[str, Quantized]
-    narrow: bool
+    dtype: str  # of the products in the steps; held-back samples are judged in float32
 
     @classmethod
     def of(cls, settings: TuneScales, candidate: Candidate, context: Context) -> Tuning:
@@ -120,7 +120,7 @@ class Tuning:
             learned=[sample for index, sample in enumerate(samples) if index % HELD_BACK != HELD_BACK - 1],
             judged=samples[HELD_BACK - 1 :: HELD_BACK],
             start=dict(candidate.quantized),
-            narrow=any(name in processor()[1] for name in BF16_NATIVE),
+            dtype=BFLOAT16 if multiplies_bf16() else FLOAT32,
         )
 
     def judge(self, advance: Callable[[int], None]) -> float:
@@ -152,7 +152,7 @@ class Tuning:
                 {name: self.network.get_parameter(name) for name in self.start},
                 self.start,
                 factors,
-                lambda sample: self._divergence(self.learned[sample], self._arithmetic),
+                lambda sample: self._divergence(self.learned[sample], self.dtype),
                 left,
                 rate=self.settings.rate,
                 num_steps=len(batches),
@@ -169,15 +169,9 @@ class Tuning:
             order += torch.randperm(len(self.learned), generator=draw).tolist()
         return [order[first : first + size] for first in range(0, len(order), size)]
 
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        """Return the arithmetic of the steps: bf16 products where the processor has them, four times as fast."""
-        return torch.autocast("cpu", torch.bfloat16) if self.narrow else nullcontext()
-
-    def _divergence(
-        self, sample: dict[str, Tensor], arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> Tensor:
+    def _divergence(self, sample: dict[str, Tensor], dtype: str = FLOAT32) -> Tensor:
         """Return the mean over predictions of KL(original || candidate) in nats."""
-        with arithmetic():
+        with computing(dtype):
             with torch.no_grad():
                 wanted = self.forward(self.original, sample)
             found = self.forward(self.network, sample)

@@ -1,0 +1,83 @@
+"""Carry out a recipe on a tiny Llama, alone or in several processes: `shared_sweep.py FOLDER [WORD]`.
+
+The leader writes what came of it to FOLDER/found.safetensors. With the word `fail` the last process fails in the third
+block of the first sweep.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gossamer.models.candidate import Candidate
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.run.progress import Silent
+from gossamer.run.team import assembled
+from gossamer.run.workspace import Run
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context
+from gossamer.techniques.blockwise import Block
+from gossamer.techniques.prune.sparsify import Sparsify
+from gossamer.techniques.quantize.calibrated import Gptq
+from gossamer.techniques.quantize.scaled import Awq, Smooth
+
+TASK = get_task("causal-lm")
+STEPS = (Sparsify(sparsity=0.3), Smooth(), Gptq(bits=4, group_size=16, ignore=("re:.*(k_proj|up_proj)",)),
+         Awq(bits=3, group_size=16, targets=("k", "up"), exponents=4))  # fmt: skip
+
+
+class Failing(Sparsify):
+    """Sparsify, in the eyes of the run, that stops in one block."""
+
+    def entry(self) -> dict[str, Any]:
+        """Return what the step is called when it does not stop."""
+        return Sparsify(sparsity=0.3).entry()
+
+    def solve(self, block: Block) -> None:
+        """Stop where it was told to."""
+        if block.name == "model.layers.2" and block.team.rank == block.team.size - 1:
+            sys.exit(3)
+        super().solve(block)
+
+
+def main(folder: Path, word: str = "") -> None:
+    """Carry out the steps on 21 samples (two in each chunk but the last: an odd number of chunks)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    forward = lambda module, inputs: module(**inputs).logits  # noqa: E731
+    source = Source.open(LlamaForCausalLM(config).eval(), forward=forward)
+    draw = np.random.default_rng(0)
+    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 12))}, np.array([index])) for index in range(21)]
+    candidate = Candidate(source=source, module=source.module(TASK))
+    model = map_model(candidate.module, {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}, forward)
+    with assembled() as team:
+        context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), team=team,
+                          identity={"of": "test"})  # fmt: skip
+        steps = (Failing(sparsity=0.3), *STEPS[1:]) if word == "fail" else STEPS
+        if team.leads:
+            with Run(folder / "run", {"verb": "test"}) as run:
+                for step in steps:
+                    candidate = step.apply(candidate, model, replace(context, run=run))
+        else:
+            for step in steps:
+                candidate = step.apply(candidate, model, context)
+        found = {name: values.detach() for name, values in candidate.module.named_parameters()}
+        found |= {f"{name}.codes": codes.codes for name, codes in candidate.quantized.items()}
+        save_file(found, folder / f"found-{team.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
