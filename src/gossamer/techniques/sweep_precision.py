@@ -2,8 +2,8 @@
 
 Products of bfloat16 numbers take a fraction of the time of float32 ones where the processor multiplies them natively;
 sums stay float32, and so do norms, residual sums and what is handed from block to block (PyTorch's autocast). It is
-used by the passes that observe a block and that hand its outputs on. Solvers, and the passes that errors are measured
-on, compute in float32 or float64.
+used by the passes that observe a block, that hand its outputs on, and that rounding is learned from. Solvers, and the
+passes that errors are measured on, compute in float32 or float64.
 
 Whether it does is tried out before each block is solved, on NUM_TRIED samples: the outputs of the block as it was, in
 bfloat16 and in float32, may differ by DRIFT of the error that plain rounding makes on the same samples (`token_error`),

@@ -28,6 +28,7 @@ from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.refit import refit_scales
+from gossamer.techniques.sweep_precision import computing
 
 MIN_SAMPLES = 8
 
@@ -223,7 +224,8 @@ class LearnedRounding(Gptq):
         block.module.requires_grad_(False)
 
         def loss(made: Mapping[str, Tensor], sample: int) -> Tensor:
-            output = block.calls[sample](block.module, {inside[name]: weight for name, weight in made.items()})
+            with computing(block.dtype):
+                output = block.calls[sample](block.module, {inside[name]: weight for name, weight in made.items()})
             return token_error(hidden_states(output), hidden_states(block.targets[sample]))
 
         learned, _ = learn_rounding(
