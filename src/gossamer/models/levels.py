@@ -25,6 +25,8 @@ Left out: E5M2 (a format for gradients), MXFP6 and MXFP8, FP4 with scales that a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,36 +43,75 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 LARGEST_E4M3, SMALLEST_E4M3 = 448.0, 2.0**-9
+FLOAT32_BIAS = 127
+TABLE_BINS = 256
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 127  # of E8M0 scales; -127 is no normal bfloat16
 
 
-@dataclass(frozen=True)
-class Codebook:
-    """Hold the values of a format's codes, [K] ascending, and between each two the last position of the lower one."""
+class Codebook(ABC):
+    """Hold the values of a format's codes, [K] ascending; `low` is the code of the first."""
 
-    levels_K: Tensor
-    borders: Tensor
-    low: int  # the code of the first level
+    def __init__(self, levels: Sequence[float]) -> None:
+        self.levels_K = torch.tensor(levels)
+        self.low = -levels.index(0.0)
 
-    @classmethod
-    def of(cls, levels: tuple[float, ...], *, ties_to_even: bool) -> Codebook:
-        """Return the codebook of ascending levels, one of which is 0."""
-        low = -levels.index(0.0)
-        levels_K = torch.tensor(levels)
-        borders = (levels_K[1:].double() + levels_K[:-1].double()).div(2).float()
-        if ties_to_even:
-            odd = torch.arange(low, low + len(levels) - 1) % 2 != 0  # of the lower level: then the tie goes up
-            borders = torch.where(odd, torch.nextafter(borders, torch.tensor(-math.inf)), borders)
-        return cls(levels_K, borders, low)
-
+    @abstractmethod
     def nearest(self, position: Tensor) -> Tensor:
-        """Return the codes, as floats, of the levels nearest to positions in units of the scale."""
-        return torch.bucketize(position, self.borders, out_int32=True).float().add_(self.low)
+        """Return the codes, as floats, of the levels nearest to positions in units of the scale, float32."""
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the levels of codes, float32."""
         index = codes.to(torch.int32).sub_(self.low)
         return self.levels_K.index_select(0, index.flatten()).view(codes.shape)
+
+
+class Minifloat(Codebook):
+    """The values of a sign-magnitude float, from its first `num_patterns` patterns without sign.
+
+    In the binade of exponent e the levels lie 2^(e - m) apart, m being the bits of the mantissa. So with e that of the
+    position, or the smallest that has a binade, |code| = round(|x| 2^(m - e)) + 2^m (e - smallest).
+    """
+
+    def __init__(self, exponent_bits: int, mantissa_bits: int, bias: int, num_patterns: int) -> None:
+        steps = 1 << mantissa_bits
+        assert num_patterns <= steps << exponent_bits
+        magnitudes = []
+        for pattern in range(num_patterns):
+            exponent, mantissa = divmod(pattern, steps)
+            whole = steps if exponent else 0
+            magnitudes.append((whole + mantissa) / steps * 2.0 ** (max(exponent, 1) - bias))
+        super().__init__([*(-value for value in reversed(magnitudes[1:])), *magnitudes])
+        self._mantissa_bits, self._smallest, self._largest = mantissa_bits, 1 - bias, magnitudes[-1]
+
+    def nearest(self, position: Tensor) -> Tensor:
+        """Return the codes nearest to positions; ties go to the even pattern, as rounding floats to integers does."""
+        size = position.abs().clamp_(max=self._largest)
+        exponent = (size.view(torch.int32) >> 23).sub_(FLOAT32_BIAS).clamp_(min=self._smallest)
+        finer = ((self._mantissa_bits + FLOAT32_BIAS - exponent) << 23).view(torch.float32)
+        codes = size.mul_(finer).round_().add_((exponent - self._smallest) << self._mantissa_bits)
+        return codes.copysign_(position)
+
+
+class Table(Codebook):
+    """Levels in [-1, 1] that follow no rule. A position's bin leaves two levels, and their border decides."""
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        super().__init__(levels)
+        wide_K = self.levels_K.double()
+        borders = (wide_K[1:] + wide_K[:-1]).div(2).float()
+        # the place of the level at the start of each bin, or a little before: positions may round up into it
+        starts = torch.arange(TABLE_BINS + 1) / (TABLE_BINS / 2) - 1 - 1e-6
+        self._below = torch.bucketize(starts, borders).float()
+        self._borders = torch.cat([borders, torch.tensor([math.inf])])  # the last position of each lower level
+        assert float(borders.diff().min()) > 2.01 / TABLE_BINS, "a bin may hold one border only"
+
+    def nearest(self, position: Tensor) -> Tensor:
+        """Return the codes nearest to positions; ties go to the lower level."""
+        inside = position.clamp(-1, 1).flatten()
+        bins = inside.add(1).mul_(TABLE_BINS / 2).to(torch.int32)
+        places = self._below.index_select(0, bins)
+        places += inside > self._borders.index_select(0, places.to(torch.int32))
+        return places.add_(self.low).view(position.shape)
 
 
 @dataclass(frozen=True)
@@ -93,21 +134,9 @@ class NumberFormat:
         return f"has {wanted}; asked for were {bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {scope}"
 
 
-def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int, num_patterns: int) -> tuple[float, ...]:
-    """Return the values of a sign-magnitude float, ascending, from its first `num_patterns` patterns without sign."""
-    steps = 1 << mantissa_bits
-    assert num_patterns <= steps << exponent_bits
-    magnitudes = []
-    for pattern in range(num_patterns):
-        exponent, mantissa = divmod(pattern, steps)
-        whole = steps if exponent else 0
-        magnitudes.append((whole + mantissa) / steps * 2.0 ** (max(exponent, 1) - bias))
-    return (*(-value for value in reversed(magnitudes[1:])), *magnitudes)
-
-
-E4M3 = Codebook.of(_minifloat(4, 3, 7, 127), ties_to_even=True)  # the last pattern is no number
-E2M1 = Codebook.of(_minifloat(2, 1, 1, 8), ties_to_even=True)
-NF4 = Codebook.of(NF4_LEVELS, ties_to_even=False)
+E4M3 = Minifloat(4, 3, 7, num_patterns=127)  # the last pattern is no number
+E2M1 = Minifloat(2, 1, 1, num_patterns=8)
+NF4 = Table(NF4_LEVELS)
 
 FORMATS: dict[Format, NumberFormat] = {
     "fp8": NumberFormat(8, E4M3, "float16"),
