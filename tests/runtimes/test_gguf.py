@@ -233,6 +233,7 @@ def test_refusals(tmp_path: Path) -> None:
     runtime = Gguf()
     assert "rounds the inputs" in str(runtime.refusal("q", (64, 64), None, ActivationSpec(kind="dynamic")))
     assert "divide" in str(runtime.refusal("q", (64, 48), QuantSpec(bits=8), None))
+    assert "mxfp4" in str(runtime.refusal("q", (64, 64), QuantSpec(bits=4, group_size=32, format="mxfp4"), None))
     assert "asymmetric" in str(runtime.refusal("q", (64, 64), QuantSpec(bits=8, symmetric=False), None))
     assert "matrices" in str(runtime.refusal("convolution", (8, 4, 3, 3), QuantSpec(bits=8), None))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, n_positions=16))

@@ -5,6 +5,10 @@ group holds one scale s > 0 and, where the grid is asymmetric, one zero point z:
 
     code = clamp(round(w / s) + z, low, high)          w' = (code - z) * s          low, high = -2^(b-1), 2^(b-1) - 1
 
+In the formats that are no integers (FP8, FP4, NF4; `levels.py`) a code is the place of a level, and there is no z:
+
+    code = place of the level nearest to w / s         w' = level(code) * s
+
 Codes are signed for every width, as compressed-tensors stores them; a runtime that wants unsigned codes adds 2^(b-1)
 to both code and zero point, which changes nothing. Decided once here, lowered by every runtime, never rounded again.
 
@@ -14,15 +18,19 @@ Shape suffixes: O output channels (rows), I inputs of one row (all other dimensi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
+
+from gossamer.models.levels import FORMATS, Format, NumberFormat
 
 
 class QuantSpec(BaseModel):
     """Describe a weight grid: `bits` 2 to 8, symmetric or not, one scale per row or per `group_size` inputs.
+
+    `format` says what codes stand for: integers, or the levels of a format of `levels.py`.
 
     7 bits live in 8-bit containers: processors without int8 dot products add two products in 16 bits, and only
     7-bit weights cannot overflow there.
@@ -36,19 +44,74 @@ class QuantSpec(BaseModel):
     bits: int = Field(ge=2, le=8)
     symmetric: bool = True
     group_size: int | None = Field(default=None, gt=0)
+    format: Format = "int"
+
+    @model_validator(mode="after")
+    def _has_what_its_format_has(self) -> Self:
+        form = self.number_format
+        if form is not None and (why := form.disagreement(self.bits, self.symmetric, self.group_size)):
+            raise ValueError(f"format {self.format} {why}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_format(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # integer grids are written as they were before there were others: files and steps stay the same
+        data: dict[str, Any] = handler(self)
+        if data.get("format") == "int":
+            del data["format"]
+        return data
+
+    @property
+    def number_format(self) -> NumberFormat | None:
+        """Return the format of the codes, None for integers."""
+        return FORMATS.get(self.format)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Return what scales are kept as: float16, or bfloat16 where they are powers of two or E4M3 times one."""
+        form = self.number_format
+        return torch.float16 if form is None or form.scales == "float16" else torch.bfloat16
 
     @property
     def low(self) -> int:
         """Return the smallest code."""
-        return -(1 << (self.bits - 1))
+        form = self.number_format
+        return -(1 << (self.bits - 1)) if form is None else form.codebook.low
 
     @property
     def high(self) -> int:
         """Return the largest code."""
-        return (1 << (self.bits - 1)) - 1
+        form = self.number_format
+        return (1 << (self.bits - 1)) - 1 if form is None else form.codebook.low + len(form.codebook.levels_K) - 1
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return what the smallest and the largest code stand for, in units of the scale (no zero point)."""
+        form = self.number_format
+        if form is None:
+            return float(self.low), float(self.high)
+        return float(form.codebook.levels_K[0]), float(form.codebook.levels_K[-1])
+
+    def nearest(self, position: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Return the codes, as floats, nearest to positions w / s; `position` may be overwritten.
+
+        `zero` is the zero point of integers. Other formats have none: theirs is ignored, being zero.
+        """
+        form = self.number_format
+        if form is not None:
+            return form.codebook.nearest(position)
+        codes = position.round_()
+        return (codes if zero is None else codes.add_(zero)).clamp_(self.low, self.high)
+
+    def steps(self, codes: Tensor) -> Tensor:
+        """Return what codes stand for in units of the scale: integers are themselves, their zero point still in."""
+        form = self.number_format
+        return codes if form is None else form.codebook.values(codes)
 
     def __str__(self) -> str:
         scope = f"group {self.group_size}" if self.group_size else "per channel"
+        if self.format != "int":
+            return f"{self.format} {scope}"
         return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {scope}"
 
 
@@ -107,7 +170,7 @@ class ActivationSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Quantized:
-    """Hold one quantized weight: `codes` int8 [O, I], `scale` float16 or float32 [O, G], `zero_point` int8 or None.
+    """Hold one quantized weight: `codes` int8 [O, I], `scale` 16 or 32 bits [O, G], `zero_point` int8 or None.
 
     `shape` is the shape of the parameter itself, `transposed` says that it is stored [I, O] (GPT-2's Conv1D).
     """
@@ -131,7 +194,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """Return the float32 values in the parameter's own shape."""
-        codes_OGg = self.codes.float().reshape(-1, self.num_groups, self.group_size)
+        codes_OGg = self.spec.steps(self.codes.float()).reshape(-1, self.num_groups, self.group_size)
         if self.zero_point is not None:
             codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
         values_OI = (codes_OGg * self.scale.float().unsqueeze(-1)).flatten(1)

@@ -136,9 +136,15 @@ def format_key(decisions: Sequence[Decision]) -> str:
     Embeddings do not count, since looking rows up takes next to no time, nor does fp16, which only the file is held in.
     """
     computed = [d for d in decisions if d.layer.kind != "embedding" and (d.weight or d.activation)]
-    kinds = {f"{d.weight.bits if d.weight else ''}{d.activation.kind if d.activation else ''}" for d in computed}
+    kinds = {f"{_codes_kind(d)}{d.activation.kind if d.activation else ''}" for d in computed}
     kinds |= {d.dtype for d in decisions if d.dtype not in (None, "fp16")}
     return "+".join(sorted(kinds))
+
+
+def _codes_kind(decision: Decision) -> str:
+    if decision.weight is None:
+        return ""
+    return str(decision.weight.bits) if decision.weight.format == "int" else decision.weight.format
 
 
 def as_figures(prediction: Prediction, original: Original) -> Mapping[str, float]:

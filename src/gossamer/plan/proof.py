@@ -20,6 +20,8 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
+from gossamer.models.levels import FORMATS
+from gossamer.models.quantized import QuantSpec
 from gossamer.plan.budget import samples_memory
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
@@ -233,8 +235,7 @@ def _asked_text(decision: Mapping[str, Any] | None) -> str:
     weight = decision["weight"]
     if not weight:
         return str(decision["dtype"])
-    scope = f"group {weight['group_size']}" if weight["group_size"] else "per channel"
-    return f"int{weight['bits']} {'symmetric' if weight['symmetric'] else 'asymmetric'} {scope}"
+    return str(QuantSpec.model_validate(weight))
 
 
 def _found_text(tensor: StoredTensor | None) -> str:
@@ -243,11 +244,13 @@ def _found_text(tensor: StoredTensor | None) -> str:
     if tensor.bits >= 16:
         return tensor.dtype
     scope = f"group {tensor.group_size}" if tensor.group_size else "per channel"
+    if tensor.dtype in FORMATS:
+        return f"{tensor.dtype} {scope}"
     return f"{tensor.dtype} {'symmetric' if tensor.symmetric else 'asymmetric'} {scope}"
 
 
 def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> bool:
-    """Say whether the file holds what was asked: the width, and the grid for codes."""
+    """Say whether the file holds what was asked: the width, and for codes the format and the grid."""
     if decision is None or not decision["weight"]:
         return tensor is None or tensor.bits in (16, 32)
     if tensor is None:
@@ -255,7 +258,9 @@ def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> 
     weight = decision["weight"]
     group = weight["group_size"] or None
     whole_row = group is None or tensor.group_size == group or (tensor.group_size is None and group == tensor.shape[1])
-    return tensor.bits == weight["bits"] and tensor.symmetric == weight["symmetric"] and whole_row
+    found_format = tensor.dtype if tensor.dtype in FORMATS else "int"
+    same = found_format == weight.get("format", "int") and tensor.bits == weight["bits"]
+    return same and tensor.symmetric == weight["symmetric"] and whole_row
 
 
 def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
@@ -387,8 +392,11 @@ def steps_recipe(steps: Sequence[Technique]) -> list[dict[str, Any]]:
 
 def refused_by(runtime: Runtime, decisions: Sequence[Decision]) -> str | None:
     """Return why the runtime cannot hold one of the decisions, naming the first, or None."""
+    floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
         reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)
+        if reason is None and decision.weight is not None:
+            reason = runtime.refusal_beside(decision.weight, floats)
         if reason is not None:
             return f"{decision.layer.name}: {reason}"
     return None

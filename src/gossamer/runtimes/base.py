@@ -26,6 +26,7 @@ class StoredTensor:
     """Say how a file holds one parameter: its name in the model, logical bits, asymmetric or not, groups, bytes.
 
     `bits` is 32, 16 or the width of the codes; `bytes` counts codes, scales and zero points as they lie in the file.
+    `dtype` is that of the numbers; for codes that are no integers the name of their format (`fp8`, `nvfp4`, ...).
     """
 
     name: str
@@ -87,6 +88,11 @@ class Runtime(ABC):
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
     ) -> str | None:
         """Return why a layer (its role, its weight [O, I...]) cannot be held like this, or None when it can."""
+
+    def refusal_beside(self, spec: QuantSpec, floats: str) -> str | None:
+        """Return why codes cannot lie in a file whose floats are `float32`, `bf16` or `fp16`, or None when they can."""
+        del spec, floats
+        return None
 
     @abstractmethod
     def stored_bytes(self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype_bytes: int) -> int:

@@ -99,6 +99,8 @@ class Gguf(Runtime):
             return "llama.cpp rounds the inputs of layers on its own, in blocks of 32; use weight-only quantization"
         if spec is None:
             return None
+        if spec.format != "int":
+            return f"{spec.format} codes are not lowered to GGUF blocks; use integers, or another runtime"
         if role in ("norm", "convolution") or len(shape) != 2:
             return "GGUF blocks hold matrices of linear layers and embeddings only"
         if exact_format(spec, shape[1]) is not None:
@@ -237,6 +239,10 @@ def _plans(candidate: Candidate, wanted: str | None) -> list[_Plan]:
 def _format_of(name: str, quantized: Quantized, wanted: str | None) -> tuple[BlockFormat, bool]:
     """Return the format of a quantized matrix, and whether it holds the codes unchanged."""
     num_inputs = quantized.codes.shape[1]
+    if quantized.spec.format != "int":  # solving them anew for integers would be rounding twice
+        raise RuntimeUnavailable(
+            f"{name} is {quantized.spec}, which GGUF blocks do not hold", "round to integers, or use another runtime"
+        )
     if len(quantized.shape) == 2 and not quantized.transposed:
         fitting = exact_format(quantized.spec, num_inputs)
         if fitting is not None and wanted in (None, fitting.name):

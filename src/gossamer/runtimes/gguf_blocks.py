@@ -110,7 +110,7 @@ def exact_format(spec: QuantSpec, num_inputs: int) -> BlockFormat | None:
     >>> exact_format(QuantSpec(bits=4, group_size=64), 128).name
     'Q4_0'
     """
-    if num_inputs % BLOCK or (spec.group_size or num_inputs) % BLOCK:
+    if spec.format != "int" or num_inputs % BLOCK or (spec.group_size or num_inputs) % BLOCK:
         return None
     if spec.symmetric:
         return FORMATS["Q4_0" if spec.bits <= 4 else "Q5_0" if spec.bits == 5 else "Q8_0"]

@@ -12,8 +12,9 @@ Every quantized parameter is found by following its initializer to the nodes tha
 - Conv with int8 inputs: QLinearConv where all that reads its output rounds it to one static grid (the convolution then
   writes those codes itself), else ConvInteger, one multiplication and one addition in float32 (`onnx_convolution.py`).
 - Gather (embeddings): GatherBlockQuantized on blocks; int8 per row gathers codes and scales and multiplies.
-- anything else (a weight-only Conv, groups that no block divides): codes and scales are stored, and ONNX Runtime
-  multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
+- NF4 in MatMul and Gemm: com.microsoft MatMulBnb4, in float32.
+- anything else (a weight-only Conv, groups that no block divides, FP8 and FP4): codes and scales are stored, and ONNX
+  Runtime multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
 
 Tensors that stay floating point are stored as `candidate.dtype`, with a Cast to float32 in front that is folded when
 the file is opened: the CPU kernels are float32 only, so a cast halves the file and leaves the arithmetic as it is.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +46,17 @@ from gossamer.models.quantized import ActivationSpec, Quantized
 from gossamer.runtimes.onnx_convolution import Convolution, lower_convolution
 from gossamer.runtimes.onnx_fuse import fuse_attention, keep_layer_norms_apart
 from gossamer.runtimes.onnx_graph import tensors_of
-from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, added_bias, tidy, uses_of
-from gossamer.runtimes.onnx_storage import INT8_DOT_PRODUCTS, LEDGER, NEEDS, Layout, block_layout, row_layout, store
+from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, UseKind, added_bias, tidy, uses_of
+from gossamer.runtimes.onnx_storage import (
+    INT8_DOT_PRODUCTS,
+    LEDGER,
+    NEEDS,
+    Layout,
+    block_layout,
+    level_layout,
+    row_layout,
+    store,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -124,6 +135,8 @@ class _Lowering:
                 "name it under `ignore`: a part that the task does not need holds no bytes in the file",
             )
         uses = list(uses_of(weight, quantized.transposed))
+        if quantized.spec.format != "int":
+            return self._levels(weight, name, quantized, uses, activation)
         blocks = block_layout(quantized.codes.shape[1], quantized.spec)
         integer = activation is not None and quantized.num_groups == 1 and quantized.spec.bits > 4
         kinds = {kind for kind, _, _ in uses}
@@ -157,6 +170,40 @@ class _Lowering:
         if folded:
             weight.replace_all_uses_with(self._multiply_out(name, quantized))
         self.stored.append(name)
+        return entry
+
+    def _levels(
+        self,
+        weight: ir.Value,
+        name: str,
+        quantized: Quantized,
+        uses: Sequence[tuple[UseKind, ir.Node, ir.Value | None]],
+        activation: ActivationSpec | None,
+    ) -> dict[str, Any]:
+        """Store codes that are no integers, and rewrite what used the floats; return the ledger's entry."""
+        if activation is not None:
+            raise ArtifactError(
+                f"{name} is {quantized.spec} with {activation} inputs, which ONNX Runtime cannot compute",
+                "use integers of 5 to 8 bits with rounded inputs, or leave the inputs in float",
+            )
+        multiplied = {kind for kind, _, _ in uses} == {"matmul"}
+        layout = level_layout(quantized.codes.shape[1], quantized.spec, multiplied)
+        entry = store(self.graph, name, quantized, layout)
+        self.stored.append(name)
+        if layout.kind == "rows":
+            weight.replace_all_uses_with(self._multiply_out(name, quantized))
+            return entry
+        rows, inputs = quantized.codes.shape
+        scales = self._block_grid(name, quantized, layout)[0]
+        scales = self.rewriter.once("Reshape", [scales, self.rewriter.ints([-1])], f"{name}.scale.flat")
+        for _, node, bias in uses:
+            operands = [node.inputs[0], self.graph.initializers[f"{name}.codes"], scales]
+            product = self.rewriter.before(
+                node, "MatMulBnb4", operands, CONTRIB, K=inputs, N=rows, block_size=layout.block, quant_type=1
+            )
+            self.rewriter.replace(
+                node, self.rewriter.before(node, "Add", [product, bias]) if bias is not None else product
+            )
         return entry
 
     def cast(self, name: str, dtype: torch.dtype) -> None:
@@ -283,9 +330,10 @@ class _Lowering:
         """Return the float weight in the parameter's own shape, computed from stored tensors alone (folded at load)."""
         rows, inputs = quantized.codes.shape
         groups, held = quantized.num_groups, self.graph.initializers
-        cast = self.rewriter.once("Cast", [held[f"{name}.codes"]], f"{name}.values", to=1)
         values = self.rewriter.once(
-            "Reshape", [cast, self.rewriter.ints([rows, groups, inputs // groups])], f"{name}.grouped"
+            "Reshape",
+            [self._decoded(name, quantized), self.rewriter.ints([rows, groups, inputs // groups])],
+            f"{name}.grouped",
         )
         if quantized.zero_point is not None:
             zero = self.rewriter.once("Cast", [held[f"{name}.zero_point"]], f"{name}.zero_point.values", to=1)
@@ -301,6 +349,15 @@ class _Lowering:
             return self.rewriter.once("Reshape", [values, self.rewriter.ints(quantized.shape)], f"{name}.float")
         matrix = self.rewriter.once("Reshape", [values, self.rewriter.ints([rows, inputs])], f"{name}.matrix")
         return self.rewriter.once("Transpose", [matrix], f"{name}.float", perm=[1, 0])
+
+    def _decoded(self, name: str, quantized: Quantized) -> ir.Value:
+        """Return what the stored codes stand for in units of the scale, float32 [O, I]."""
+        codes, form = self.graph.initializers[f"{name}.codes"], quantized.spec.number_format
+        if form is None or quantized.spec.format == "fp8":
+            return self.rewriter.once("Cast", [codes], f"{name}.values", to=1)
+        levels = self.rewriter.constant(f"levels.{quantized.spec.format}", form.codebook.levels_K.numpy())
+        places = self.rewriter.once("Cast", [codes], f"{name}.places", to=6)
+        return self.rewriter.once("Gather", [levels, places], f"{name}.values", axis=0)
 
     # -- small parts
 

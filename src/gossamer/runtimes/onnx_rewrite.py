@@ -45,13 +45,14 @@ class Rewriter:
     def ints(self, numbers: Sequence[int]) -> ir.Value:
         """Return a constant shape."""
         label = "x".join(map(str, numbers)).replace("-", "m")
-        return self._constant(f"shape.{label}", np.array(numbers, np.int64))
+        return self.constant(f"shape.{label}", np.array(numbers, np.int64))
 
     def scalar(self, number: Any) -> ir.Value:
         """Return a constant numpy scalar, in its own type."""
-        return self._constant(f"scalar.{number.dtype}.{number!s}", np.array(number))
+        return self.constant(f"scalar.{number.dtype}.{number!s}", np.array(number))
 
-    def _constant(self, name: str, array: Any) -> ir.Value:
+    def constant(self, name: str, array: Any) -> ir.Value:
+        """Return a constant array under a name."""
         import onnx_ir as ir
 
         if name not in self._made:

@@ -1,11 +1,16 @@
 """How an ONNX file holds quantized parameters: which tensors, how many bytes, and how to read them back.
 
-Two layouts, chosen from shape and grid alone:
+Two layouts for integers, chosen from shape and grid alone:
 
 - `blocks`, what MatMulNBits and GatherBlockQuantized read: unsigned codes of 2, 4 or 8 bits, low bits first, as
   uint8 [O, I / block, block * bits / 8]. `block` is the largest of 256, 128, 64, 32, 16 that divides the group, so
   nothing is ever padded. A head and an embedding that are tied read the same bytes.
 - `rows`, for everything else: signed codes [O, I] as INT8 (one byte) or INT4 (two a byte).
+
+Codes that are no integers (`models/levels.py`) lie in one of two more:
+
+- `bnb4`, what MatMulBnb4 reads, for NF4: places of levels from 0 on, two a byte, the first in the high half.
+- `rows`: FP8 as FLOAT8E4M3FN [O, I], the others as places of levels, UINT4 [O, I].
 
 Codes of 3 bits lie in 4-bit containers, 5 to 7 in 8-bit ones; adding 2^(b-1) to code and zero point turns signed into
 unsigned and changes no value. Scales are stored once for each group of the grid, float32 [O, G]; where a kernel wants
@@ -43,7 +48,7 @@ INT8_DOT_PRODUCTS = "int8 dot products"
 class Layout:
     """Say how codes lie in the file: `bits` of the container, `block` inputs of a block (0 for rows)."""
 
-    kind: Literal["blocks", "rows"]
+    kind: Literal["blocks", "rows", "bnb4"]
     bits: int
     block: int = 0
 
@@ -59,6 +64,12 @@ def block_layout(num_inputs: int, spec: QuantSpec) -> Layout | None:
 def row_layout(spec: QuantSpec) -> Layout:
     """Return the `rows` layout of a grid."""
     return Layout("rows", 4 if spec.bits <= 4 else 8)
+
+
+def level_layout(num_inputs: int, spec: QuantSpec, multiplied: bool) -> Layout:
+    """Return the layout of codes that are no integers; `multiplied` says that nothing but products reads the weight."""
+    blocks = block_layout(num_inputs, spec) if spec.format == "nf4" and multiplied else None
+    return row_layout(spec) if blocks is None else Layout("bnb4", 4, blocks.block)
 
 
 def parameter_bytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout) -> int:
@@ -109,6 +120,8 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
     zero_OG = None if quantized.zero_point is None else quantized.zero_point.cpu().numpy()
     if layout.kind == "blocks":
         _store_blocks(graph, name, codes_OI, zero_OG, layout)
+    elif quantized.spec.format != "int":
+        _store_levels(graph, name, quantized, layout)
     else:
         kind = "INT4" if layout.bits == 4 else "INT8"
         _add(graph, f"{name}.codes", codes_OI, kind)
@@ -116,10 +129,24 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
             _add(graph, f"{name}.zero_point", zero_OG, kind)
     _add(graph, f"{name}.scale", quantized.scale.float().cpu().numpy())
     spec = quantized.spec
-    return {
+    entry = {
         "bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "shape": list(quantized.shape),
         "matrix": list(codes_OI.shape), "container": layout.bits, "block": layout.block,
     }  # fmt: skip
+    return entry if spec.format == "int" else {**entry, "format": spec.format}
+
+
+def _store_levels(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> None:
+    codes_OI, spec = quantized.codes.cpu(), quantized.spec
+    if spec.format == "fp8":
+        _add(graph, f"{name}.codes", spec.steps(codes_OI.float()).numpy(), "FLOAT8E4M3FN")  # exact: they are its levels
+        return
+    places_OI = (codes_OI.numpy().astype(np.int16) - spec.low).astype(np.uint8)
+    if layout.kind == "bnb4":
+        pairs = places_OI.reshape(-1, 2)
+        _add(graph, f"{name}.codes", pairs[:, 0] << np.uint8(4) | pairs[:, 1])
+    else:
+        _add(graph, f"{name}.codes", places_OI, "UINT4")
 
 
 def _store_blocks(
@@ -177,11 +204,13 @@ def _read_quantized(name: str, entry: dict[str, Any], held: dict[str, Any]) -> S
         raise ArtifactError(f"the file names {name} as quantized but holds no codes for it", "write the artifact again")
     rows, inputs = entry["matrix"]
     codes = parts[0].numpy()
-    if entry["block"]:
+    limit = 2 ** (entry["bits"] - 1)
+    if "format" in entry:
+        codes = _signed(codes, entry)
+    elif entry["block"]:
         offset = 2 ** (entry["container"] - 1)
         codes = unpack_bits(codes, entry["container"], entry["block"]).astype(np.int16) - offset
     codes = codes.astype(np.int16)
-    limit = 2 ** (entry["bits"] - 1)
     groups = inputs // (entry["group_size"] or inputs)
     symmetric = held.get(f"{name}.zero_point") is None
     wrong = None
@@ -196,6 +225,15 @@ def _read_quantized(name: str, entry: dict[str, Any], held: dict[str, Any]) -> S
         wrong = "a float copy lies beside the codes"
     if wrong:
         raise ArtifactError(f"{name}: {wrong}", "write the artifact again")
-    kind = f"int{entry['bits']}"
+    kind = entry.get("format", f"int{entry['bits']}")
     size = sum(part.nbytes for part in parts)
     return StoredTensor(name, kind, entry["bits"], entry["group_size"], symmetric, tuple(entry["shape"]), size)
+
+
+def _signed(codes: NDArray[Any], entry: dict[str, Any]) -> NDArray[np.int16]:
+    """Return codes that are no integers as numbers of `bits` bits: places of levels around 0, or E4M3's patterns."""
+    if entry["format"] == "fp8":
+        return codes.view(np.int8).astype(np.int16)
+    if entry["block"]:
+        codes = np.stack([codes >> np.uint8(4), codes & np.uint8(0xF)], -1)
+    return codes.astype(np.int16) - 8

@@ -83,6 +83,8 @@ class OnnxRuntime(Runtime):
             return None
         if role == "embedding":
             return "an embedding has no input to round"
+        if spec.format != "int":
+            return f"rounded inputs are integers, which it does not multiply by {spec.format} weights"
         if activation.scope == "token":
             return "its integer matmul takes one scale for a whole input, not one per token"
         per_channel = spec.group_size in (None, inputs)
@@ -99,7 +101,7 @@ class OnnxRuntime(Runtime):
         if spec is None:
             return math.prod(shape) * dtype_bytes
         inputs = math.prod(shape[1:])
-        blocks = None if _is_conv(role, shape) else block_layout(inputs, spec)
+        blocks = None if _is_conv(role, shape) or spec.format != "int" else block_layout(inputs, spec)
         return parameter_bytes(shape, spec, blocks or row_layout(spec))
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:

@@ -29,6 +29,7 @@ from gossamer.tasks.base import Arrays, Task
 
 MODEL_FILE = "openvino_model.xml"
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "i8": 8, "u4": 4, "i4": 4}
+LEVEL_TYPES = {"fp8": "f8e4m3", "mxfp4": "f4e2m1", "nvfp4": "f4e2m1", "nf4": "nf4"}
 INTEGER_LAYERS = ("MatMul", "Convolution", "GroupConvolution")
 
 
@@ -81,7 +82,7 @@ class OpenVino(Runtime):
                 "OpenVINO chooses its own grid for dynamic inputs, per token and symmetric, and only on some "
                 "processors: it would not be the one that was judged; use static inputs"
             )
-        if not spec.symmetric or spec.group_size:
+        if not spec.symmetric or spec.group_size or spec.format != "int":
             return "OpenVINO computes in integers only with symmetric weights of one scale per channel"
         if spec.bits == 8 and adds_in_pairs():
             return (
@@ -188,6 +189,8 @@ def _lower(model: Any, candidate: Candidate) -> dict[str, dict[str, Any]]:
         weights = lowering.WeightConstants(name, quantized, candidate.dtype)
         layers = lowering.replace_weight(constants[name], weights, quantized.transposed)
         tensors[name] = {"bits": quantized.spec.bits, "shape": list(quantized.shape)}
+        if quantized.spec.format != "int":
+            tensors[name]["format"] = quantized.spec.format
         for activation in _activations_of(candidate, name):
             for layer in layers:
                 if layer.get_type_name() in INTEGER_LAYERS:
@@ -244,7 +247,12 @@ def _stored(name: str, settings: Mapping[str, Any], constants: Mapping[str, Any]
     lying = list(codes.get_output_shape(0))
     grouped = scale is not None and len(lying) == 3 and lying != settings["shape"]
     group_size = lying[2] if grouped else None
-    bits = BITS.get(dtype, 0) if scale is None else _checked_bits(name, settings, codes)
+    if "format" in settings:
+        if dtype != LEVEL_TYPES[settings["format"]]:
+            raise ArtifactError(f"{name} claims {settings['format']}, but its codes are {dtype}")
+        dtype, bits = settings["format"], int(settings["bits"])
+    else:
+        bits = BITS.get(dtype, 0) if scale is None else _checked_bits(name, settings, codes)
     return StoredTensor(name, dtype, bits, group_size, zero_point is None, tuple(settings["shape"]), size)
 
 

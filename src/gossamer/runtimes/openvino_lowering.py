@@ -8,6 +8,8 @@ which is the pattern that the CPU plugin keeps compressed in memory for MatMul a
 runs in integers. Symmetric codes are stored signed (i4, i8), asymmetric ones unsigned (u4, u8: codes and zero points
 both moved up by 2^(c-1) for a container of c bits). Containers are 4 bits wide for codes of up to 4 bits, else 8.
 
+Codes that are no integers (`models/levels.py`) have types of their own: f8e4m3, f4e2m1 (MXFP4, NVFP4) and nf4.
+
 A static input grid becomes FakeQuantize with 256 levels whose range is the grid's own: from (low - z) * s to
 (high - z) * s for codes low..high, so that rounding falls on the same points.
 
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
@@ -31,6 +34,12 @@ CONTAINERS: dict[tuple[int, bool], Any] = {
     (8, True): ov.Type.i8,
     (4, False): ov.Type.u4,
     (8, False): ov.Type.u8,
+}
+LEVEL_CONTAINERS: dict[str, Any] = {
+    "fp8": ov.Type.f8e4m3,
+    "mxfp4": ov.Type.f4e2m1,
+    "nvfp4": ov.Type.f4e2m1,
+    "nf4": ov.Type.nf4,
 }
 FLOATS: dict[torch.dtype, Any] = {torch.float32: ov.Type.f32, torch.float16: ov.Type.f16, torch.bfloat16: ov.Type.bf16}
 
@@ -64,8 +73,11 @@ class WeightConstants:
         symmetric = quantized.zero_point is None
         shift = 0 if symmetric else 2 ** (bits - 1)
         container = CONTAINERS[bits, symmetric]
-        codes = (quantized.codes.to(torch.int16) + shift).reshape(codes_shape)
-        self._codes = _integers(codes, container, name)
+        if quantized.spec.format != "int":
+            self._codes = _levels(quantized, codes_shape, name)
+        else:
+            codes = (quantized.codes.to(torch.int16) + shift).reshape(codes_shape)
+            self._codes = _integers(codes, container, name)
         scale = quantized.scale.reshape(scale_shape).float().numpy()
         self._scale = ops.constant(scale, dtype=FLOATS[dtype], name=f"{name}/scale")
         self._zero_point = None
@@ -94,12 +106,30 @@ def _integers(values: torch.Tensor, container: Any, name: str) -> Any:
     if container in (ov.Type.i8, ov.Type.u8):
         dtype = np.int8 if container == ov.Type.i8 else np.uint8
         return ops.constant(array.astype(dtype), dtype=container, name=name)
-    # two codes a byte, the first in the low half
-    nibbles = (array & 0xF).astype(np.uint8).reshape(-1)
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
-    packed = nibbles[0::2] | (nibbles[1::2] << 4)
-    constant = ov.op.Constant(ov.Tensor(packed, list(array.shape), container), shared_memory=False)
+    return _bytes(_pairs((array & 0xF).astype(np.uint8)), array.shape, container, name)
+
+
+def _levels(quantized: Quantized, shape: tuple[int, ...], name: str) -> Any:
+    """Return the constant of codes that are no integers: E4M3's and E2M1's bit patterns, or NF4's places from 0 on."""
+    codes, spec = quantized.codes.numpy(), quantized.spec
+    if spec.format == "nf4":
+        values = (codes.astype(np.int16) - spec.low).astype(np.uint8)
+    else:
+        values = np.abs(codes).astype(np.uint8) | ((codes < 0).astype(np.uint8) << np.uint8(spec.bits - 1))
+    return _bytes(values.reshape(-1) if spec.bits == 8 else _pairs(values), shape, LEVEL_CONTAINERS[spec.format], name)
+
+
+def _pairs(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return values below 16 two a byte, the first in the low half."""
+    flat = nibbles.reshape(-1)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << np.uint8(4))
+
+
+def _bytes(packed: NDArray[np.uint8], shape: tuple[int, ...], container: Any, name: str) -> Any:
+    """Return a constant whose values are these bytes."""
+    constant = ov.op.Constant(ov.Tensor(packed, list(shape), container), shared_memory=False)
     constant.set_friendly_name(name)
     return constant
 

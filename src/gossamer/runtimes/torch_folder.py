@@ -36,10 +36,12 @@ from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
+from gossamer.runtimes.torch_floats import float_refusal, format_of, refusal_beside
 from gossamer.runtimes.torch_streamed import StreamedSession
 from gossamer.tasks.base import Arrays, Task
 
 METADATA = {"format": "pt", "written_by": "gossamer"}
+FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
 # layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
 UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
@@ -85,6 +87,8 @@ class TorchFolder(Runtime):
         if role in UNSUPPORTED_ROLES or len(shape) != 2:
             kind = UNSUPPORTED_ROLES.get(role, f"a weight of {len(shape)} dimensions")
             return f"compressed-tensors holds linear and embedding layers only, not {kind}"
+        if spec.format != "int" and (reason := float_refusal(role, spec, activation)):
+            return reason
         if spec.group_size and shape[1] % spec.group_size:
             return f"group_size {spec.group_size} does not divide in_features {shape[1]}"
         if activation is None:
@@ -99,6 +103,10 @@ class TorchFolder(Runtime):
         if activation.scope == "token" and role == "classifier":
             return "compressed-tensors rounds 2-dimensional inputs per tensor, not per token"
         return None
+
+    def refusal_beside(self, spec: QuantSpec, floats: str) -> str | None:
+        """Return why codes cannot lie beside floats of a dtype, or None when they can."""
+        return refusal_beside(spec, floats)
 
     def stored_bytes(
         self,
@@ -120,7 +128,7 @@ class TorchFolder(Runtime):
         """
         if spec is None:
             return int(np.prod(shape, dtype=np.int64)) * dtype_bytes
-        layout = lowering.layout_of(activation, role == "embedding" or tied)
+        layout = lowering.layout_of(spec, activation, role == "embedding" or tied)
         return lowering.layer_bytes(shape, spec, layout, copies=2 if tied else 1)
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
@@ -211,7 +219,12 @@ def _layers(candidate: Candidate) -> dict[str, Layer]:
                     f"name {owner} under `ignore`, or choose another runtime",
                 )
             activation = candidate.activations.get(owner)
-            layout = lowering.layout_of(activation, isinstance(module, nn.Embedding) or len(names) > 1)
+            is_table = isinstance(module, nn.Embedding) or len(names) > 1
+            reason = float_refusal("embedding" if is_table else "linear", outline.spec, activation)
+            reason = reason or refusal_beside(outline.spec, FLOAT_NAMES[candidate.dtype])
+            if reason is not None:
+                raise RuntimeUnavailable(f"{name}: {reason}", f"name {owner} under `ignore`, or use integers there")
+            layout = lowering.layout_of(outline.spec, activation, is_table)
             layers[owner] = (outline.spec, activation, layout, parameter_name)
     for name in candidate.activations:
         if name not in layers:
@@ -283,7 +296,7 @@ def _layer_tensors(candidate: Candidate, owners: Mapping[str, Layer], parameter_
     for owner, (_, activation, layout, _) in owners.items():
         local = lowering.layer_tensors(codes, layout, candidate.dtype)
         if parameter_name != f"{owner}.weight":
-            del local["weight"]  # the shared int8 table is stored under its first name
+            del local["weight"]  # the shared table is stored under its first name
         if activation is not None:
             local.update(lowering.input_tensors(activation, candidate.dtype))
         tensors.update({f"{owner}.{key}": value for key, value in local.items()})
@@ -374,17 +387,22 @@ def _stored_float(name: str, entry: Mapping[str, Any]) -> StoredTensor:
 def _stored_codes(
     owner: str, weights: Mapping[str, Any], entries: Mapping[str, tuple[dict[str, Any], Path]]
 ) -> StoredTensor:
-    if f"{owner}.weight_packed" in entries:
+    found = format_of(weights)
+    if f"{owner}.weight_shape" in entries:
         with safe_open(entries[f"{owner}.weight_shape"][1], "pt") as file:
             shape = tuple(file.get_tensor(f"{owner}.weight_shape").tolist())
+    elif f"{owner}.weight_packed" in entries:  # two codes a byte
+        rows, packed = entries[f"{owner}.weight_packed"][0]["shape"]
+        shape = (rows, 2 * packed)
     else:
         shape = tuple(entries[f"{owner}.weight"][0]["shape"])
-    parts = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point")
+    parts = ("weight", "weight_packed", "weight_shape", "weight_scale", "weight_global_scale", "weight_zero_point")
     size = sum(_num_bytes(entries[f"{owner}.{part}"][0]) for part in parts if f"{owner}.{part}" in entries)
     bits = weights["num_bits"]
     columns = (weights.get("block_structure") or [1, weights.get("group_size")])[1]
-    group_size = None if columns == shape[1] and weights["strategy"] != "group" else columns
+    group_size = None if columns == shape[1] and "group" not in weights["strategy"] else columns
     dtype = f"int{bits}" if f"{owner}.weight_packed" in entries else "int8"
+    dtype = dtype if found == "int" else found
     return StoredTensor(f"{owner}.weight", dtype, bits, group_size, weights["symmetric"], shape, size)
 
 
@@ -393,7 +411,7 @@ def _add_copy(owner: str, stored: list[StoredTensor], entries: Mapping[str, tupl
     rows = entries[f"{owner}.weight_scale"][0]["shape"][0]
     extra = sum(_num_bytes(entry) for name, (entry, _) in entries.items() if name.startswith(f"{owner}.weight_"))
     for index, tensor in enumerate(stored):
-        if tensor.dtype.startswith("int") and tensor.shape[0] == rows and f"{tensor.name}_packed" not in entries:
+        if tensor.bits <= 8 and tensor.shape[0] == rows and f"{tensor.name}_packed" not in entries:
             own = entries[f"{tensor.name}_scale"]
             if _same(own[1], f"{tensor.name}_scale", entries[f"{owner}.weight_scale"][1], f"{owner}.weight_scale"):
                 stored[index] = StoredTensor(**{**vars(tensor), "bytes": tensor.bytes + extra})

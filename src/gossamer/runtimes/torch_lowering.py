@@ -19,8 +19,10 @@ An asymmetric packed layer calls its groups blocks of 1 x g (strategy "block"), 
 strategy "group" or "channel" compressed-tensors 0.20 packs the zero points too, and then cannot load them: while
 transformers builds the empty model they keep their unpacked shape, and the file's shape does not fit.
 
+Codes that are no integers take layouts of their own (`torch_floats.py`).
+
 Static input grids are `p.input_scale` and `p.input_zero_point` (unsigned codes minus 128: the format is signed).
-Left out: float formats and block scales (not ours), convolutions and GPT-2's Conv1D (the format has no place for them).
+Left out: convolutions and GPT-2's Conv1D (the format has no place for them).
 """
 
 from __future__ import annotations
@@ -38,19 +40,24 @@ from torch import Tensor
 
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.models.shards import Entry
+from gossamer.runtimes import torch_floats as floats
 
 SCALE_BYTES = 2
-Layout = Literal["pack-quantized", "int-quantized"]
+Layout = Literal["pack-quantized", "int-quantized"] | floats.FloatLayout
 Setting = tuple[QuantSpec, ActivationSpec | None, Layout, int]  # the last: columns I of the weight
 
 
-def layout_of(activation: ActivationSpec | None, is_table: bool) -> Layout:
-    """Return which of the two layouts a layer's weight takes; a table is an embedding or shared with one."""
+def layout_of(spec: QuantSpec, activation: ActivationSpec | None, is_table: bool) -> Layout:
+    """Return which layout a layer's weight takes; a table is an embedding or shared with one."""
+    if spec.format != "int":
+        return floats.LAYOUTS[spec.format]
     return "int-quantized" if activation is not None or is_table else "pack-quantized"
 
 
 def layer_tensors(quantized: Quantized, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors that hold one weight [O, I] by local name; scales that are not float16 become `dtype`."""
+    if layout in floats.LAYOUTS.values():
+        return floats.float_tensors(quantized)
     tensors = {"weight_scale": quantized.scale.to(scale_dtype(quantized.scale.dtype, dtype)).contiguous()}
     if layout == "pack-quantized":
         tensors["weight_packed"] = pack_codes(quantized.codes, quantized.spec.bits)
@@ -69,6 +76,8 @@ def layer_entries(
 
     `scales` is the dtype that scales are stored as.
     """
+    if layout in floats.LAYOUTS.values():
+        return floats.float_entries(prefix, shape, spec)
     rows, columns = shape
     groups = columns // spec.group_size if spec.group_size else 1
     entries = [Entry(f"{prefix}weight_scale", scales, (rows, groups))]
@@ -117,6 +126,8 @@ def scale_dtype(of_codes: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 def layer_bytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout, copies: int = 1) -> int:
     """Return how many bytes `layer_tensors` takes for a weight [O, I]; `copies` counts the modules that share it."""
+    if layout in floats.LAYOUTS.values():
+        return floats.float_bytes(shape, spec, copies)
     rows, columns = shape[0], math.prod(shape[1:])
     groups = columns // spec.group_size if spec.group_size else 1
     if layout == "pack-quantized":
@@ -165,6 +176,8 @@ def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> 
 
 
 def _weight_args(spec: QuantSpec, block: int) -> QuantizationArgs:
+    if spec.format != "int":
+        return floats.weight_args(spec)
     if block:
         return QuantizationArgs(
             num_bits=spec.bits, type="int", symmetric=False, strategy="block", block_structure=[1, block]

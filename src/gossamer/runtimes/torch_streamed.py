@@ -26,6 +26,7 @@ from gossamer.models.shards import Shards
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.runtimes.base import Session
+from gossamer.runtimes.torch_floats import read_float
 from gossamer.runtimes.torch_lowering import unpack_codes
 from gossamer.tasks.base import Arrays, Task
 
@@ -64,6 +65,8 @@ class FolderWeights:
 
     def _codes(self, owner: str) -> Quantized:
         settings, held = self._settings[owner], self.shards.held
+        if settings["type"] == "float":
+            return read_float(owner, settings, held, self.shards.read)
         if f"{owner}.weight_packed" in held:
             rows, columns = (int(size) for size in self.shards.read(f"{owner}.weight_shape"))
             packed = self.shards.read(f"{owner}.weight_packed")

@@ -39,14 +39,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gossamer.models.levels import tensor_scale
 from gossamer.models.quantized import Quantized, QuantSpec
-from gossamer.techniques.quantize.grid import (
-    MIN_SHRINK,
-    NUM_SHRINKS,
-    ScaleSearch,
-    encode,
-    quantize_weight,
-)
+from gossamer.techniques.quantize.grid import ScaleSearch, encode, quantize_weight, shrinks_of, storable
 
 Clip = Literal["none", "weights", "diagonal", "full"]
 
@@ -151,9 +146,11 @@ def round_clipped(
     rows_OI = (weight.t() if transposed else weight.flatten(1)).detach().float()
     scale_OG = start.scale.clone()
     zero_OG = start.zero_point.float() if start.zero_point is not None else torch.zeros_like(scale_OG)
+    unit = tensor_scale(float(start.scale.max()))
     for rows in torch.split(torch.arange(len(rows_OI)), CHUNK_ROWS):
         part = rows_OI[rows], start.scale[rows], zero_OG[rows]
-        scale_OG[rows] = _diagonal(*part, spec, second_II) if clip == "diagonal" else _full(*part, spec, second_II)
+        clipped = _diagonal if clip == "diagonal" else _full
+        scale_OG[rows] = clipped(*part, spec, second_II, unit).to(scale_OG.dtype)
     codes_OGg = encode(
         rows_OI.reshape(*scale_OG.shape, start.group_size), scale_OG.unsqueeze(-1), zero_OG.unsqueeze(-1), spec
     )
@@ -168,14 +165,20 @@ def round_clipped(
 
 
 def clipped_scale(
-    weight_OI: Tensor, widest_OG: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor
+    weight_OI: Tensor,
+    widest_OG: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    spec: QuantSpec,
+    second_II: Tensor,
+    unit: float = 1.0,
 ) -> Tensor:
     """Return scales [O, G], each that of `scale_OG` or a share of the widest, that lower every row's error D S D^T.
 
-    Groups are taken in order, each with all others as they are by then.
+    Groups are taken in order, each with all others as they are by then. `unit` is the whole weight's `scale_unit`.
     """
     group_size = weight_OI.shape[1] // scale_OG.shape[1]
-    shrinks = torch.linspace(1.0, MIN_SHRINK[spec.bits], NUM_SHRINKS[spec.bits]).tolist()
+    shrinks = [1.0, *shrinks_of(spec)]
     error_OI = rounding_error(weight_OI, scale_OG, zero_OG, spec)
     against_OI = error_OI @ second_II
     found_OG = scale_OG.clone()
@@ -186,6 +189,8 @@ def clipped_scale(
         best_move_Og = torch.zeros_like(error_Og)
         for shrink in shrinks:
             trial_O1 = widest_OG[:, only] * shrink
+            if spec.number_format is not None:
+                trial_O1 = storable(trial_O1, spec, unit).to(widest_OG.dtype)
             move_Og = rounding_error(weight_Og, trial_O1, zero_OG[:, only], spec) - error_Og
             change_O1 = ((move_Og @ block_gg + 2 * against_OI[:, here]) * move_Og).sum(1, keepdim=True)
             better_O1 = change_O1 < best_change_O1
@@ -201,21 +206,26 @@ def rounding_error(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, spec: Q
     """Return the weights less the nearest values on their grids, [O, I]."""
     groups_OGg = weight_OI.reshape(*scale_OG.shape, -1)
     scale_OG1, zero_OG1 = scale_OG.unsqueeze(-1), zero_OG.unsqueeze(-1)
-    return (groups_OGg - (encode(groups_OGg, scale_OG1, zero_OG1, spec) - zero_OG1) * scale_OG1).reshape_as(weight_OI)
+    steps_OGg = spec.steps(encode(groups_OGg, scale_OG1, zero_OG1, spec)) - zero_OG1
+    return (groups_OGg - steps_OGg * scale_OG1).reshape_as(weight_OI)
 
 
-def _diagonal(weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor) -> Tensor:
+def _diagonal(
+    weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor, unit: float
+) -> Tensor:
     """Return scales clipped by the diagonal of the moments."""
     alone_II = torch.diag(second_II.diagonal())
-    return clipped_scale(weight_OI, widest_OG, widest_OG, zero_OG, spec, alone_II)
+    return clipped_scale(weight_OI, widest_OG, widest_OG, zero_OG, spec, alone_II, unit)
 
 
-def _full(weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor) -> Tensor:
+def _full(
+    weight_OI: Tensor, widest_OG: Tensor, zero_OG: Tensor, spec: QuantSpec, second_II: Tensor, unit: float
+) -> Tensor:
     """Return scales clipped by all moments, from the better start of each row."""
-    starts = (widest_OG, _diagonal(weight_OI, widest_OG, zero_OG, spec, second_II))
+    starts = (widest_OG, _diagonal(weight_OI, widest_OG, zero_OG, spec, second_II, unit))
     errors_OI = [rounding_error(weight_OI, start, zero_OG, spec) for start in starts]
     plain_O1, diagonal_O1 = (((error @ second_II) * error).sum(1, keepdim=True) for error in errors_OI)
     scale_OG = torch.where(diagonal_O1 < plain_O1, starts[1], starts[0])
     for _ in range(NUM_PASSES):
-        scale_OG = clipped_scale(weight_OI, widest_OG, scale_OG, zero_OG, spec, second_II)
+        scale_OG = clipped_scale(weight_OI, widest_OG, scale_OG, zero_OG, spec, second_II, unit)
     return scale_OG

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer.models.quantized import Quantized, QuantSpec, rows_of
@@ -22,6 +22,7 @@ from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
 from gossamer.techniques.prune.sparsegpt import sparsegpt
 from gossamer.techniques.quantize.descend import descend
+from gossamer.techniques.quantize.formats import FormatSettings, check_format
 from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
@@ -33,7 +34,7 @@ from gossamer.techniques.sweep_precision import computing
 MIN_SAMPLES = 8
 
 
-class CalibratedGrid(BlockTechnique):
+class CalibratedGrid(FormatSettings, BlockTechnique):
     """Hold the settings that every calibrated rounding has: the grid, and which layers."""
 
     family: ClassVar[str] = "quantize"
@@ -52,6 +53,13 @@ class CalibratedGrid(BlockTechnique):
         (), description="other widths for some layers: [[8, [patterns]], [3, [patterns]]]; the last match holds"
     )
 
+    @model_validator(mode="after")
+    def _agrees_with_its_format(self) -> Self:
+        check_format(self.format, self.bits, self.symmetric, self.group_size)
+        if self.bits_of and self.format != "int":
+            raise ValueError(f"bits_of gives other widths of integers; these are {self._spec()}")
+        return self
+
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return one decision for each matched layer; see `quantize`."""
         decisions = weight_decisions(model, self.name, self._spec(), targets=self.targets, ignore=self.ignore)
@@ -68,7 +76,8 @@ class CalibratedGrid(BlockTechnique):
     def label(self) -> str:
         """Return the grid in a few words: `gptq int4 group 64 asymmetric`."""
         widths = sorted({bits for bits, _ in self.bits_of})
-        words = [self.name, f"int{self.bits}" if not widths else f"mixed int{'/'.join(map(str, widths))}"]
+        grid = f"int{self.bits}" if self.format == "int" else self.format
+        words = [self.name, grid if not widths else f"mixed int{'/'.join(map(str, widths))}"]
         if self.group_size:
             words.append(f"group {self.group_size}")
         if not self.symmetric:
@@ -76,7 +85,7 @@ class CalibratedGrid(BlockTechnique):
         return " ".join(words)
 
     def _spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size, format=self.format)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
@@ -110,7 +119,7 @@ class Gptq(CalibratedGrid):
 
     name: ClassVar[str] = "gptq"
 
-    scale: ScaleSearch = Field("mse", description="where scales come from: the extremes, or least squared error")
+    scale: ScaleSearch = Field("mse", description="where scales come from: the extremes, least squared error, or HQQ")
     order: Literal["none", "static"] = Field(
         "static", description="input channels as they stand, or the most excited first (groups stay where they are)"
     )
@@ -119,6 +128,11 @@ class Gptq(CalibratedGrid):
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
     sparsity: float = Field(0.0, ge=0, lt=1, description="share of each layer's weights that SparseGPT takes out first")
     pattern: PatternText = Field("", description="n:m, as in 2:4: n of every m neighbours stay; replaces `sparsity`")
+
+    @model_validator(mode="after")
+    def _search_fits_its_grid(self) -> Self:
+        check_format(self.format, self.bits, self.symmetric, self.group_size, self.scale)
+        return self
 
     @property
     def layer_by_layer(self) -> bool:
@@ -201,6 +215,12 @@ class LearnedRounding(Gptq):
     steps: int = Field(200, ge=1, description="steps of signed gradient descent for each block")
     batch_size: int = Field(8, ge=1, description="samples of one step")
     rate: float | None = Field(None, gt=0, description="first step of an offset, in codes; empty = 1 / steps")
+
+    @model_validator(mode="after")
+    def _learns_integers(self) -> Self:
+        if self.format != "int":
+            raise ValueError(f"learned_rounding moves codes by equal steps, which {self.format} has not; use gptq")
+        return self
 
     @property
     def fits_outputs(self) -> bool:

@@ -53,9 +53,10 @@ def descend(
 
     def move(channel: int, way_O: Tensor) -> Tensor:
         code_O, scale_O = codes_OI[:, channel], scale_OG[:, channel // start.group_size]
-        best_O = torch.clamp(torch.round(code_O + way_O / scale_O), spec.low, spec.high)
+        step_O = spec.steps(code_O)
+        best_O = spec.nearest(step_O + way_O / scale_O)
         best_O = torch.where(keep_OI[:, channel], best_O, code_O)
-        moved_O = (best_O - code_O) * scale_O
+        moved_O = (spec.steps(best_O) - step_O) * scale_O
         codes_OI[:, channel] = best_O
         return moved_O
 

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from gossamer.errors import TechniqueError
 from gossamer.models.quantized import Quantized, QuantSpec
-from gossamer.techniques.quantize.grid import ScaleSearch, check_finite, minmax_grid, mse_scale, nearest_divisor
+from gossamer.techniques.quantize.grid import ScaleSearch, check_finite, check_group, chosen_grid, scale_unit
 
 Order = Literal["none", "static"]
 ROWS_AT_A_TIME = 1024
@@ -73,11 +73,7 @@ def gptq(
     """
     num_rows, num_inputs = weight_OI.shape
     group_size = spec.group_size or num_inputs
-    if num_inputs % group_size:
-        raise TechniqueError(
-            f"group_size {group_size} does not divide in_features {num_inputs} of {name}",
-            f"use group_size {nearest_divisor(num_inputs, group_size)}, or name the layer under `ignore`",
-        )
+    check_group(num_inputs, spec, name)
     check_finite(weight_OI, name)
     channels = torch.arange(num_inputs)
     if order == "static":
@@ -87,7 +83,8 @@ def gptq(
     # what an error of one channel costs once all others have made up for it: 1 / (S^-1)_jj, and S^-1 = U^T U
     importance_I = torch.empty(num_inputs)
     importance_I[channels] = 1 / factor_II.square().sum(0)
-    grid = _grids(weight_OI.float(), spec, importance_I.view(-1, group_size), scale)
+    unit = scale_unit(weight_OI, spec)
+    grid = _grids(weight_OI.float(), spec, importance_I.view(-1, group_size), scale, unit)
     codes_OI = torch.empty(num_rows, num_inputs)
     for start in range(0, num_inputs, block):
         stop = min(start + block, num_inputs)
@@ -98,20 +95,20 @@ def gptq(
             group = channel // group_size
             if order == "none" and spec.group_size and channel % group_size == 0:
                 present_Og = _present(rows_OI, errors_Ob, factor_II, start, j, group_size)
-                fresh = _grids(present_Og, spec, importance_I[channel : channel + group_size][None], scale)
+                fresh = _grids(present_Og, spec, importance_I[channel : channel + group_size][None], scale, unit)
                 grid[0][:, group], grid[1][:, group] = fresh[0][:, 0], fresh[1][:, 0]
             scale_O, zero_O = grid[0][:, group], grid[1][:, group]
             weight_O = here_Ob[:, j]
-            code_O = torch.clamp(torch.round(weight_O / scale_O) + zero_O, spec.low, spec.high)
+            code_O = spec.nearest(weight_O / scale_O, zero_O)
             code_O = torch.where(weight_OI[:, channel] == 0, zero_O, code_O)
             codes_OI[:, channel] = code_O
-            error_O = (weight_O - (code_O - zero_O) * scale_O) / factor_bb[j, j]
+            error_O = (weight_O - (spec.steps(code_O) - zero_O) * scale_O) / factor_bb[j, j]
             here_Ob[:, j + 1 :].addr_(error_O, factor_bb[j, j + 1 :], alpha=-1.0)
             errors_Ob[:, j] = error_O
         rows_OI[:, stop:].addmm_(errors_Ob, factor_II[start:stop, stop:], alpha=-1.0)
     return Quantized(
         codes=codes_OI.to(torch.int8),
-        scale=grid[0].half().contiguous(),  # exact: the grids are of float16 scales
+        scale=grid[0].to(spec.scale_dtype).contiguous(),  # exact: the grids are of scales that files hold
         zero_point=None if spec.symmetric else grid[1].to(torch.int8).contiguous(),
         spec=spec,
         shape=shape if shape is not None else tuple(weight_OI.shape),
@@ -193,10 +190,10 @@ def _present(rows_OI: Tensor, errors_Ob: Tensor, factor_II: Tensor, start: int, 
     return present_Og
 
 
-def _grids(weight_OI: Tensor, spec: QuantSpec, importance_Gg: Tensor, scale: ScaleSearch) -> tuple[Tensor, Tensor]:
+def _grids(
+    weight_OI: Tensor, spec: QuantSpec, importance_Gg: Tensor, scale: ScaleSearch, unit: float
+) -> tuple[Tensor, Tensor]:
     """Return (scale, zero point), each float32 [O, G], of the groups of neighbouring inputs."""
     groups_Ng = weight_OI.reshape(-1, importance_Gg.shape[1])
-    scale_N1, zero_N1 = minmax_grid(groups_Ng, spec)
-    if scale == "mse":
-        scale_N1 = mse_scale(groups_Ng, scale_N1, zero_N1, spec, importance_Gg)
+    scale_N1, zero_N1 = chosen_grid(groups_Ng, spec, scale, importance_Gg, unit)
     return scale_N1.reshape(weight_OI.shape[0], -1), zero_N1.reshape(weight_OI.shape[0], -1)

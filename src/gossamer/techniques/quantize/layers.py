@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gossamer.errors import RecipeError, TechniqueError
+from gossamer.errors import RecipeError
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.techniques.base import Decision
 from gossamer.techniques.match import layers_matching
-from gossamer.techniques.quantize.grid import nearest_divisor
+from gossamer.techniques.quantize.grid import check_group
 
 ROUNDED_KINDS = ("linear", "conv", "embedding")
 
@@ -39,7 +39,7 @@ def weight_decisions(
         named = layer.name in targets or layer.tied_to is None
         if not named or parameter in decisions:
             continue  # a tied head is the embedding's memory: it is rounded when the embedding is
-        check_group(layer, spec.group_size)
+        check_group(num_inputs(layer), spec, layer.name)
         decisions[parameter] = Decision(parameter=parameter, layer=layer, weight=spec, activation=activation(layer))
     if not decisions:
         raise RecipeError(
@@ -52,13 +52,3 @@ def weight_decisions(
 def num_inputs(layer: LayerInfo) -> int:
     """Return how many weights one output channel of a layer has."""
     return torch.Size(layer.shape[1:]).numel()
-
-
-def check_group(layer: LayerInfo, group_size: int | None) -> None:
-    """Raise TechniqueError when a group size does not divide a layer's inputs."""
-    inputs = num_inputs(layer)
-    if group_size and inputs % group_size:
-        raise TechniqueError(
-            f"group_size {group_size} does not divide in_features {inputs} of {layer.name}",
-            f"use group_size {nearest_divisor(inputs, group_size)}, or name the layer under `ignore`",
-        )

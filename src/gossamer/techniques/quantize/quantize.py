@@ -21,8 +21,9 @@ from gossamer.models.deferred import Outline
 from gossamer.models.fold import fold_batch_norms
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
-from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, searched
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, searched
 from gossamer.techniques.match import layers_matching
+from gossamer.techniques.quantize.formats import FormatSettings, check_format
 from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.ranges import Observer, chosen_range, collect_ranges
@@ -31,10 +32,10 @@ FINE_GROUPS = (32, 64, 128)
 MIN_EMBEDDING_SHARE = 0.05  # of all parameters: below it the planner does not ask whether to round embeddings
 
 
-class Quantize(Technique):
-    """Round weights to 8, 7, 4, 3 or 2 bits, and optionally the inputs of layers to 8.
+class Quantize(FormatSettings):
+    """Round weights to 8, 7, 4, 3 or 2 bits or to a float format, and optionally the inputs of layers to 8 bits.
 
-    In a recipe: `- quantize: {bits: 4, group_size: 128, ignore: [lm_head]}`.
+    In a recipe: `- quantize: {bits: 4, group_size: 128, ignore: [lm_head]}`, `- quantize: {format: nvfp4}`.
     """
 
     name: ClassVar[str] = "quantize"
@@ -48,7 +49,7 @@ class Quantize(Technique):
     group_size: int | None = searched(
         None, [None, 128, 64, 32], "inputs that share a scale; empty = one scale for each output channel"
     )
-    scale: ScaleSearch = searched("mse", ["mse"], "where scales come from: the extremes, or least squared error")
+    scale: ScaleSearch = searched("mse", ["mse"], "where scales come from: the extremes, least squared error, or HQQ")
     activations: Literal["none", "dynamic", "static"] = searched(
         "none", ["none", "dynamic", "static"], "round the inputs of layers to 8 bits: not, as they come, calibrated"
     )
@@ -63,8 +64,10 @@ class Quantize(Technique):
 
     @model_validator(mode="after")
     def _fits_integer_kernels(self) -> Self:
-        if self.activations != "none" and (self.bits < 7 or not self.symmetric or self.group_size):
-            grid = QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+        check_format(self.format, self.bits, self.symmetric, self.group_size, self.scale)
+        integers = self.format == "int" and self.bits >= 7 and self.symmetric and not self.group_size
+        if self.activations != "none" and not integers:
+            grid = self._weight_spec()
             raise ValueError(
                 f"activations: {self.activations} needs weights of 8 or 7 bits, symmetric, one scale a channel; "
                 f"these are {grid}"
@@ -91,7 +94,7 @@ class Quantize(Technique):
 
     def label(self) -> str:
         """Return the grid in a few words: `int8 dynamic`, `int4 group 32 asymmetric of embedding`."""
-        words = [f"int{self.bits}"]
+        words = [f"int{self.bits}" if self.format == "int" else self.format]
         if self.group_size:
             words.append(f"group {self.group_size}")
         if not self.symmetric:
@@ -102,7 +105,7 @@ class Quantize(Technique):
         return " ".join(words)
 
     def _weight_spec(self) -> QuantSpec:
-        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size)
+        return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size, format=self.format)
 
     def _activation_spec(self, layer: LayerInfo) -> ActivationSpec | None:
         if self.activations == "none" or layer.kind == "embedding":
@@ -130,7 +133,8 @@ class Quantize(Technique):
             for decision in decisions:
                 assert decision.weight is not None
                 shape = tuple(candidate.module.get_parameter(decision.parameter).shape)
-                outline = Outline(decision.weight, shape, decision.layer.transposed)
+                scales = decision.weight.scale_dtype
+                outline = Outline(decision.weight, shape, decision.layer.transposed, scales)
                 candidate.round(decision.parameter, outline, self._rule(decision))
                 advance(1)
         candidate.applied.append(self.entry())

@@ -9,21 +9,25 @@ is a quadratic in the scales, so the best ones solve a small linear system for e
 
     sum_h A_gh s_h = b_g,        A_gh = v_g S_gh v_h^T,        b_g = v_g (S w^T)_g
 
-A row takes the new scales, rounded to what files hold, only where all are positive and its error falls. Zero points and
-codes stay. The step is known from the alternating solvers (Egiazarian et al., "AQLM", 2024, section 3.3 for codebooks).
+A row takes the new scales, rounded to what files hold (powers of two for MXFP4, which seldom move), only where all are
+positive and its error falls. Zero points and codes stay. The step is known from the alternating solvers (Egiazarian et
+al., "AQLM", 2024, section 3.3 for codebooks).
 
 Shape suffixes: O rows, I inputs, G groups, R rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gossamer.models.levels import tensor_scale
 from gossamer.models.quantized import Quantized
-from gossamer.techniques.quantize.grid import LARGEST_SCALE, SMALLEST_SCALE
+from gossamer.techniques.quantize.grid import LARGEST_SCALE, SMALLEST_SCALE, storable
 
 RIDGE = 1e-6  # of the mean diagonal: a group without any step, or two that always move together, leave A singular
 SYSTEM_ELEMENTS = 1 << 24  # of all rows' systems that are in memory together
@@ -37,21 +41,28 @@ def refit_scales(weight_OI: Tensor, second_II: Tensor, start: Quantized) -> Quan
     num_groups = start.num_groups
     step = max(1, SYSTEM_ELEMENTS // max(num_groups**2, weight_OI.shape[1]))
     scale_OG = start.scale.clone()
+    hold = partial(storable, spec=start.spec, unit=tensor_scale(float(start.scale.max())))
     for first in range(0, weight_OI.shape[0], step):
         here = slice(first, first + step)
         zero_RG = None if start.zero_point is None else start.zero_point[here]
         scale_RG = start.scale[here].float()
-        found_RG = _refit_rows(weight_OI[here].float(), second_II, start.codes[here], scale_RG, zero_RG)
+        steps_RI = start.spec.steps(start.codes[here].float())
+        found_RG = _refit_rows(weight_OI[here].float(), second_II, steps_RI, scale_RG, zero_RG, hold)
         scale_OG[here] = found_RG.to(scale_OG.dtype)
     return replace(start, scale=scale_OG)
 
 
 def _refit_rows(
-    weight_RI: Tensor, second_II: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor | None
+    weight_RI: Tensor,
+    second_II: Tensor,
+    steps_RI: Tensor,
+    scale_RG: Tensor,
+    zero_RG: Tensor | None,
+    hold: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return the scales of a few rows."""
+    """Return the scales of a few rows; `hold` rounds scales to what files hold."""
     num_rows, num_groups = scale_RG.shape
-    steps_RGg = codes_RI.float().reshape(num_rows, num_groups, -1)
+    steps_RGg = steps_RI.reshape(num_rows, num_groups, -1)
     if zero_RG is not None:
         steps_RGg = steps_RGg - zero_RG.float().unsqueeze(-1)
     system_RGG = torch.empty(num_rows, num_groups, num_groups)
@@ -66,7 +77,7 @@ def _refit_rows(
     silent_RG = (steps_RGg == 0).all(-1)  # its scale multiplies nothing: it stays
     found_RG = torch.where(silent_RG, scale_RG.double(), found_RG)
     usable_R = (torch.isfinite(found_RG) & (found_RG > SMALLEST_SCALE) & (found_RG < LARGEST_SCALE)).all(1)
-    stored_RG = torch.where(usable_R[:, None], found_RG, scale_RG.double()).half().float()
+    stored_RG = hold(torch.where(usable_R[:, None], found_RG, scale_RG.double()))
     better_R = _errors(weight_RI, second_II, steps_RGg, stored_RG) < _errors(weight_RI, second_II, steps_RGg, scale_RG)
     return torch.where(better_R[:, None], stored_RG, scale_RG)
 
