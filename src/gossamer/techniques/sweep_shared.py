@@ -139,7 +139,7 @@ def _takers(totals: dict[str, Moments], names: Sequence[str], num_inputs: int) -
 def _receive(team: Team, source: int, takers: Sequence[Moments], num_tokens: int) -> None:
     """Add the moments that another process sends to some totals, a few rows at a time."""
     for wholes, largest in zip(
-        zip(*(taker.sums() for taker in takers), strict=True), (False, False, True), strict=True
+        zip(*(taker.sums() for taker in takers), strict=True), (False, False, False, True), strict=True
     ):
         for pieces in zip(*(torch.split(whole, ROWS_AT_A_TIME) for whole in wholes), strict=True):
             arrived = torch.empty_like(pieces[0])

@@ -80,6 +80,20 @@ def test_gptq_is_nearer_to_the_original_than_plain_rounding(network: Any) -> Non
     assert solved < 0.9 * plain
 
 
+def test_biases_take_the_mean_errors_where_there_are_any() -> None:
+    corrected, plain = Gptq(**GRID), Gptq(**GRID, correct_bias=False)
+    assert distance(corrected, bert()) < 0.95 * distance(plain, bert())
+    candidate, model, context = opened(bert())
+    start = {name: values.clone() for name, values in candidate.module.named_parameters()}
+    moved = {
+        name
+        for name, values in corrected.apply(candidate, model, context).module.named_parameters()
+        if not torch.equal(values, start[name]) and name not in candidate.quantized
+    }
+    assert moved == {name.removesuffix("weight") + "bias" for name in candidate.quantized}
+    assert distance(corrected, llama()) == distance(plain, llama())  # none there
+
+
 def test_learning_from_gptq_is_nearer_still() -> None:
     start = {**GRID, "passes": 0}  # what descent gains by itself leaves little to learn from 512 tokens
     assert distance(LearnedRounding(**start, steps=100, batch_size=4), llama()) < distance(Gptq(**start), llama())

@@ -21,6 +21,7 @@ from gossamer.techniques.blockwise import Block, BlockTechnique, token_error
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
 from gossamer.techniques.prune.sparsegpt import sparsegpt
+from gossamer.techniques.quantize.bias import corrected_bias
 from gossamer.techniques.quantize.descend import descend
 from gossamer.techniques.quantize.formats import FormatSettings, check_format
 from gossamer.techniques.quantize.gptq import gptq
@@ -126,6 +127,7 @@ class Gptq(CalibratedGrid):
     refit: bool = Field(True, description="fit the scales to the codes that were found, by least squares on outputs")
     passes: int = Field(2, ge=0, description="rounds of improving every code again, one input channel after another")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
+    correct_bias: bool = Field(True, description="let a layer's bias, where it has one, take the mean error of outputs")
     sparsity: float = Field(0.0, ge=0, lt=1, description="share of each layer's weights that SparseGPT takes out first")
     pattern: PatternText = Field("", description="n:m, as in 2:4: n of every m neighbours stay; replaces `sparsity`")
 
@@ -148,8 +150,20 @@ class Gptq(CalibratedGrid):
                 block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
                 codes = self.plain_codes(block, [parameter])[parameter]
             else:
-                codes = self._codes(block.weight(parameter), seen.second_II, decision)
+                bias = self._bias_of(block, parameter)
+                weight = block.weight(parameter)
+                codes = self._codes(weight, seen.covariance_II if bias else seen.second_II, decision)
+                if bias:
+                    rows, transposed = codes.dequantize(), decision.layer.transposed
+                    both = (rows_of(values, transposed) for values in (weight, rows))
+                    block.set_weight(bias, corrected_bias(block.weight(bias), *both, seen.mean_I))
             block.set_quantized(parameter, codes)
+
+    def _bias_of(self, block: Block, parameter: str) -> str | None:
+        """Return the name of the bias that takes the mean errors of a layer's outputs; None where there is none."""
+        name = f"{parameter.rpartition('.')[0]}.bias"
+        owner = block.candidate.module.get_submodule(name.rpartition(".")[0])
+        return name if self.correct_bias and getattr(owner, "bias", None) is not None else None
 
     def without_samples(self, weight: Tensor, transposed: bool) -> Tensor:
         """Return a weight with its smallest values taken out, where the recipe wants some out."""

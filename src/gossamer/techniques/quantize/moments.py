@@ -2,7 +2,7 @@
 
 For an input x with I channels, over N tokens t of all calibration samples:
 
-    second_II = sum_t x_t x_t^T / N          mean_abs_I = sum_t |x_t| / N          max_abs_I = max_t |x_t|
+    second_II = sum_t x_t x_t^T / N    mean_I = sum_t x_t / N    mean_abs_I = sum_t |x_t| / N    max_abs_I = max_t |x_t|
 
 With these alone the squared error of a linear layer's output is known exactly for any replacement w' of a row w:
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Moments:
-    """Hold the moments of one layer's input: `num_tokens`, `second_II`, `mean_abs_I`, `max_abs_I`, float32.
+    """Hold the moments of one layer's input: `num_tokens`, `second_II`, `mean_I`, `mean_abs_I`, `max_abs_I`, float32.
 
     >>> seen = Moments.empty(2); seen.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]])); seen.second_II.tolist()
     [[5.0, 1.0], [1.0, 2.0]]
@@ -35,6 +35,7 @@ class Moments:
 
     num_tokens: int
     _second_II: Tensor  # the sum while tokens come, the mean from when somebody asks: it is too large for both
+    _sum_I: Tensor
     _abs_sum_I: Tensor
     max_abs_I: Tensor
     _is_mean: bool = False
@@ -42,31 +43,32 @@ class Moments:
     @classmethod
     def empty(cls, num_inputs: int) -> Moments:
         """Return moments that have seen nothing."""
-        zeros = torch.zeros(num_inputs)
-        return cls(0, torch.zeros(num_inputs, num_inputs), zeros.clone(), zeros.clone())
+        return cls(0, torch.zeros(num_inputs, num_inputs), *(torch.zeros(num_inputs) for _ in range(3)))
 
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""
         x_tI = inputs.detach().float().reshape(-1, inputs.shape[-1])
         self.sums()[0].addmm_(x_tI.t(), x_tI)
+        self._sum_I += x_tI.sum(0)
         size_tI = x_tI.abs()
         self._abs_sum_I += size_tI.sum(0)
         torch.maximum(self.max_abs_I, size_tI.amax(0), out=self.max_abs_I)
         self.num_tokens += x_tI.shape[0]
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of x x^T and |x|, and the largest |x|: the very tensors that are held."""
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums of x x^T, x and |x|, and the largest |x|: the very tensors that are held."""
         if self._is_mean:
             self._second_II *= self.num_tokens
             self._is_mean = False
-        return self._second_II, self._abs_sum_I, self.max_abs_I
+        return self._second_II, self._sum_I, self._abs_sum_I, self.max_abs_I
 
     def merge(self, other: Moments) -> None:
         """Take in all that another has seen of the same input."""
-        (second_II, abs_sum_I, max_abs_I), theirs = self.sums(), other.sums()
-        second_II += theirs[0]
-        abs_sum_I += theirs[1]
-        torch.maximum(max_abs_I, theirs[2], out=max_abs_I)
+        *sums, max_abs_I = self.sums()
+        *their_sums, their_max_abs_I = other.sums()
+        for mine, theirs in zip(sums, their_sums, strict=True):
+            mine += theirs
+        torch.maximum(max_abs_I, their_max_abs_I, out=max_abs_I)
         self.num_tokens += other.num_tokens
 
     @property
@@ -76,6 +78,21 @@ class Moments:
             self._second_II /= self.num_tokens
             self._is_mean = True
         return self._second_II
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Return the mean of x, float32 [I]."""
+        return self._sum_I / max(1, self.num_tokens)
+
+    @property
+    def covariance_II(self) -> Tensor:
+        """Return second_II - mean_I mean_I^T, float32 [I, I]: what is left of errors when a bias takes their mean."""
+        mean_I = self.mean_I.double()
+        covariance_II = torch.addr(self.second_II, self.mean_I, self.mean_I, alpha=-1.0)
+        # the variances in float64: where the mean is large they are small differences of large numbers
+        variance_I = self.second_II.diagonal().double() - mean_I.square()
+        covariance_II.diagonal().copy_(variance_I.clamp(min=0.0))
+        return covariance_II
 
     @property
     def mean_abs_I(self) -> Tensor:
