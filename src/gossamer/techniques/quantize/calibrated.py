@@ -154,9 +154,10 @@ class Gptq(CalibratedGrid):
                 weight = block.weight(parameter)
                 codes = self._codes(weight, seen.covariance_II if bias else seen.second_II, decision)
                 if bias:
-                    rows, transposed = codes.dequantize(), decision.layer.transposed
-                    both = (rows_of(values, transposed) for values in (weight, rows))
-                    block.set_weight(bias, corrected_bias(block.weight(bias), *both, seen.mean_I))
+                    before_OI, after_OI = (
+                        rows_of(values, decision.layer.transposed) for values in (weight, codes.dequantize())
+                    )
+                    block.set_weight(bias, corrected_bias(block.weight(bias), before_OI, after_OI, seen.mean_I))
             block.set_quantized(parameter, codes)
 
     def _bias_of(self, block: Block, parameter: str) -> str | None:

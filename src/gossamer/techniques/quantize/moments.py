@@ -43,7 +43,8 @@ class Moments:
     @classmethod
     def empty(cls, num_inputs: int) -> Moments:
         """Return moments that have seen nothing."""
-        return cls(0, torch.zeros(num_inputs, num_inputs), *(torch.zeros(num_inputs) for _ in range(3)))
+        zeros = torch.zeros(num_inputs)
+        return cls(0, torch.zeros(num_inputs, num_inputs), zeros.clone(), zeros.clone(), zeros.clone())
 
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""
