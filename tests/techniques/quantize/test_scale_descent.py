@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,8 +50,26 @@ def test_a_step_is_that_of_torchs_adam() -> None:
     torch.testing.assert_close(ours.factor_OG, theirs.detach())
 
 
-def test_factors_of_one_change_nothing() -> None:
-    codes = rounded(SPECS[0])
+FORMATS = [
+    QuantSpec(bits=8, format="fp8"),
+    QuantSpec(bits=4, group_size=16, format="nvfp4"),
+    QuantSpec(bits=4, group_size=32, format="mxfp4"),
+    QuantSpec(bits=4, group_size=8, format="nf4"),
+]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FORMATS], ids=str)
+def test_scales_stay_numbers_of_their_format(spec: QuantSpec) -> None:
+    codes = quantize_weight(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), spec, scale="mse")
+    served = scaled(codes, torch.full(codes.scale.shape, 1.3))
+    again = scaled(replace(served, scale=served.scale.clone()), torch.ones(codes.scale.shape))
+    assert torch.equal(again.scale, served.scale)
+    assert served.scale.dtype == codes.scale.dtype
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *FORMATS], ids=str)
+def test_factors_of_one_change_nothing(spec: QuantSpec) -> None:
+    codes = quantize_weight(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), spec, scale="mse")
     assert torch.equal(scaled(codes, torch.ones(codes.scale.shape)).dequantize(), codes.dequantize())
 
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from gossamer.models.levels import tensor_scale
 from gossamer.models.quantized import Quantized, rows_of
 from gossamer.techniques.quantize.grid import storable
 
@@ -110,12 +111,13 @@ def factor_gradient(weight: Tensor, gradient: Tensor, codes: Quantized, factor_O
 
 
 def scaled(codes: Quantized, factor_OG: Tensor) -> Quantized:
-    """Return the codes with their scales times the factors, as float16 numbers: what will be served.
+    """Return the codes with their scales times the factors, as the numbers that files hold: what will be served.
 
     >>> scaled(codes, torch.ones_like(codes.scale)).scale.equal(codes.scale)  # doctest: +SKIP
     True
     """
-    return replace(codes, scale=storable(codes.scale.float() * factor_OG).to(codes.scale.dtype))
+    unit = tensor_scale(float(codes.scale.max()))
+    return replace(codes, scale=storable(codes.scale.float() * factor_OG, codes.spec, unit).to(codes.scale.dtype))
 
 
 def _put(parameter: nn.Parameter, codes: Quantized) -> None:
