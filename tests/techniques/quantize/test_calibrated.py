@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from gossamer.models.structure import map_model
 from gossamer.plan.candidates import recipes, rounds_twice
 from gossamer.recipe import Recipe, Step
 from gossamer.run.progress import Silent
+from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
@@ -121,6 +126,46 @@ def test_tuning_moves_scales_alone_and_only_where_rows_held_back_gain(rows: int,
     assert any(not torch.equal(after[name].scale, codes.scale) for name, codes in before.items()) == helps
     for name, codes in after.items():
         assert torch.equal(candidate.values(name), codes.dequantize())
+
+
+class Impatient(Silent):
+    """Press Ctrl-C behind a number of steps of tuning."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    @contextmanager
+    def stage(self, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        def advance(units: float) -> None:
+            self.left -= int(units)
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        yield advance if label == "tune_scales: steps" else lambda units: None
+
+
+def test_tuning_goes_on_where_it_stopped_and_ends_with_the_same_scales(tmp_path: Path) -> None:
+    start, tuning, found = Quantize(**GRID), TuneScales(), []
+    with Run(tmp_path, {}) as run:
+        for progress in (Impatient(11), Impatient(100)):
+            candidate, model, context = opened(bert())
+            context = replace(context, run=run, progress=progress)
+            start.apply(candidate, model, context)
+            if progress.left == 11:
+                with pytest.raises(KeyboardInterrupt):
+                    tuning.apply(candidate, model, context)
+                assert len(list((tmp_path / "steps").glob("scales-*"))) == 1
+            else:
+                found.append(tuning.apply(candidate, model, context).quantized)
+        assert progress.left == 100 - 14  # all steps of two epochs are counted, those that were kept too
+        kept = [entry["inputs"]["number"] for entry in run.journal() if entry["event"] == "started"]
+        assert kept == [8]  # the second run began behind it
+        assert not list((tmp_path / "steps").glob("scales-*"))
+    candidate, model, context = opened(bert())
+    found.append(tuning.apply(start.apply(candidate, model, context), model, context).quantized)
+    for name, codes in found[0].items():
+        assert torch.equal(codes.scale, found[1][name].scale)
+        assert torch.equal(codes.codes, found[1][name].codes)
 
 
 def test_tuning_needs_rounded_layers_and_enough_samples() -> None:

@@ -21,6 +21,7 @@ from gossamer.measure.machine import multiplies_bf16
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
+from gossamer.run.progress import Progress
 from gossamer.run.workspace import Run
 from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
@@ -68,12 +69,10 @@ class TuneScales(Technique):
         if not candidate.quantized:
             raise TechniqueError("tune_scales found no rounded layer", "put it behind the steps that round")
         tuning = Tuning.of(self, candidate, context)
-        with context.progress.stage("tune_scales: held-back samples", 2 * len(tuning.judged)) as advance:
-            before = tuning.judge(advance)
-            found = tuning.run(context, candidate.applied)
-            for name, codes in found.items():
-                candidate.set_quantized(name, codes)
-            after = tuning.judge(advance)
+        before = tuning.judge(context.progress)
+        for name, codes in tuning.run(context, candidate.applied).items():
+            candidate.set_quantized(name, codes)
+        after = tuning.judge(context.progress)
         if not after < before:
             for name, codes in tuning.start.items():
                 candidate.set_quantized(name, codes)
@@ -123,10 +122,10 @@ class Tuning:
             dtype=BFLOAT16 if multiplies_bf16() else FLOAT32,
         )
 
-    def judge(self, advance: Callable[[int], None]) -> float:
+    def judge(self, progress: Progress) -> float:
         """Return the mean divergence on the samples held back, computed in float32."""
         found = []
-        with torch.inference_mode():
+        with progress.stage("tune_scales: samples held back", len(self.judged)) as advance, torch.inference_mode():
             for sample in self.judged:
                 found.append(float(self._divergence(sample)))
                 advance(1)
