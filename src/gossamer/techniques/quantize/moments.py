@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 
+PANEL = 128  # rows of second_II that are added to at once
+
+
 @dataclass
 class Moments:
     """Hold the moments of one layer's input: `num_tokens`, `second_II`, `mean_I`, `mean_abs_I`, `max_abs_I`, float32.
@@ -49,7 +52,9 @@ class Moments:
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""
         x_tI = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        self.sums()[0].addmm_(x_tI.t(), x_tI)
+        second_II = self.sums()[0]
+        for first in range(0, x_tI.shape[1], PANEL):  # the upper triangle is enough: it is mirrored when all have come
+            second_II[first : first + PANEL, first:].addmm_(x_tI[:, first : first + PANEL].t(), x_tI[:, first:])
         self._sum_I += x_tI.sum(0)
         size_tI = x_tI.abs()
         self._abs_sum_I += size_tI.sum(0)
@@ -57,7 +62,7 @@ class Moments:
         self.num_tokens += x_tI.shape[0]
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the sums of x x^T, x and |x|, and the largest |x|: the very tensors that are held."""
+        """Return the sums of x x^T (its upper triangle), x and |x|, and the largest |x|: the very tensors held."""
         if self._is_mean:
             self._second_II *= self.num_tokens
             self._is_mean = False
@@ -77,6 +82,9 @@ class Moments:
         """Return the mean of x x^T, float32 [I, I]: the very tensor that is held, not to be changed."""
         if not self._is_mean and self.num_tokens:
             self._second_II /= self.num_tokens
+            for first in range(0, len(self._second_II), PANEL):
+                last = first + PANEL
+                self._second_II[last:, first:last] = self._second_II[first:last, last:].t()
             self._is_mean = True
         return self._second_II
 
