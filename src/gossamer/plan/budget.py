@@ -33,7 +33,7 @@ def check_fits(job: Job, steps: Sequence[Technique]) -> None:
     """
     if job.budget is None:
         return
-    limit = _limit(job.memory)
+    limit = memory_limit(job.memory)
     needs = {step.label(): needed_bytes(job, step) for step in steps}
     worst = max(needs, key=lambda label: needs[label])
     if needs[worst] > limit:
@@ -59,7 +59,7 @@ def _sample_bytes(job: Job) -> int:
     return 4 * tokens * (2 * width + tokens)
 
 
-def _limit(memory: int | None) -> int:
+def memory_limit(memory: int | None) -> int:
     """Return the bytes that may be used: what the user granted, or most of what is free."""
     return memory if memory is not None else int(SHARE_OF_FREE * memory_bytes()[1]) + resident_bytes()
 
@@ -71,7 +71,7 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
     """
     if source.shards is None:
         return None
-    limit = _limit(memory)
+    limit = memory_limit(memory)
     needed = resident_bytes() + int(WHOLE_COPIES * 4 * source.shards.num_values)
     if needed <= limit:
         return None
@@ -81,4 +81,9 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
             f"{limit / GIB:.1f} GiB may be used",
             "raise --memory, or use --runtime torch, which goes through a model piece by piece",
         )
-    return max(LEAST_BUDGET, int(SHARE_OF_WEIGHTS * (limit - resident_bytes())))
+    return streamed_budget(memory)
+
+
+def streamed_budget(memory: int | None) -> int:
+    """Return how many bytes of the weights of a model that is read piece by piece may stay in memory."""
+    return max(LEAST_BUDGET, int(SHARE_OF_WEIGHTS * (memory_limit(memory) - resident_bytes())))
