@@ -19,12 +19,13 @@ from typing import Any
 
 from torch import nn
 
+from gossamer.errors import GoalError
 from gossamer.goal import parse_goal
 from gossamer.measure.machine import Doctor
 from gossamer.measure.machine import doctor as examine_machine
 from gossamer.models.inspect import ModelCard, describe
 from gossamer.models.source import Forward, Source
-from gossamer.plan import flow, opened
+from gossamer.plan import flow, opened, planned
 from gossamer.plan.opened import BenchResult, CompareResult, EvalResult
 from gossamer.plan.prepare import Inputs, Rows
 from gossamer.plan.records import PlanResult, RunResult
@@ -54,7 +55,8 @@ def plan(
     *,
     task: str,
     data: Rows,
-    goal: str,
+    goal: str | None = None,
+    recipe: Recipe | str | Path | None = None,
     evaluation: Rows | None = None,
     runtime: str = "onnxruntime",
     out: str | Path | None = None,
@@ -70,14 +72,19 @@ def plan(
     time_budget: float | None = None,
     progress: Progress | None = None,
 ) -> PlanResult:
-    """Predict size, memory, latency, quality and time of every recipe, most promising first. Builds no artifact.
+    """Predict what every recipe brings (size, latency, quality) and takes, most promising first. Builds no artifact.
 
-    What is measured for it (the original, a table of layer times, the effect of each step on calibration rows) stays
-    in `out` when that is given, and `optimize` goes on from there.
+    The first three also say what becomes of each module; all say memory by stage, disk and time. With a `recipe` that
+    one is planned; without a goal nothing is measured for it but how fast this machine is. What is measured (the
+    original, a table of layer times, the effect of each step on calibration rows) stays in `out` when that is given,
+    and `optimize` goes on from there. `time_budget` (seconds) marks what would take longer.
 
     >>> plan("./my-bert", task="text-classification", data="train.jsonl", goal="size <= 30%")  # doctest: +SKIP
     """
-    parsed = parse_goal(goal)
+    if goal is None and recipe is None:
+        raise GoalError("a plan needs a goal or a recipe", 'for example goal="quality >= 99%, size <= 30%"')
+    parsed = parse_goal(goal) if goal else None
+    steps = recipe if isinstance(recipe, Recipe) or recipe is None else load(recipe)
     inputs = Inputs(
         model=model,
         task=task,
@@ -95,7 +102,8 @@ def plan(
         trust_remote_code=trust_remote_code,
         progress=progress or Silent(),
     )
-    return flow.plan_run(inputs, parsed, Path(out) if out is not None else None)
+    folder = Path(out) if out is not None else None
+    return planned.plan_run(inputs, parsed, folder, recipe=steps, time_budget_seconds=time_budget)
 
 
 def optimize(

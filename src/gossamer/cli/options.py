@@ -30,6 +30,9 @@ Evaluation = Annotated[
     str | None, typer.Option("--eval", help="Held-out rows that prove the quality; split off --data when not given.")
 ]
 Goal = Annotated[str, typer.Option(help='What must hold: "quality >= 99%, size <= 30%, latency p95 <= 40ms".')]
+PossibleGoal = Annotated[
+    str | None, typer.Option("--goal", help='What must hold: "quality >= 99%, size <= 30%, latency p95 <= 40ms".')
+]
 Runtime = Annotated[str, typer.Option(help="What will serve the model: onnxruntime, openvino, torch, torchscript, ...")]
 GuessedRuntime = Annotated[str | None, typer.Option("--runtime", help="What serves it; default as its manifest says.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run: artifact, report, journal; the same command resumes it.")]

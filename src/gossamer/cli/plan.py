@@ -9,13 +9,17 @@ import typer
 
 from gossamer.cli import options
 from gossamer.cli.console import Screen
+from gossamer.errors import GoalError
 
 
 def plan(
     model: options.Model,
     task: options.Task,
     data: options.Data,
-    goal: options.Goal,
+    goal: options.PossibleGoal = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Plan this recipe (YAML) alone; without a goal nothing is measured but rates.")
+    ] = None,
     evaluation: options.Evaluation = None,
     runtime: options.Runtime = "onnxruntime",
     out: Annotated[
@@ -34,12 +38,16 @@ def plan(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Predict size, latency, quality, memory and time of every recipe, most promising first."""
-    options.check_goal(goal)
+    """Predict what every recipe brings and takes, most promising first: quality, size, latency; memory, disk, time."""
+    if goal is None and recipe is None:
+        raise GoalError("a plan needs a goal or a recipe", 'give --goal "quality >= 99%, size <= 30%" or --recipe FILE')
+    if goal is not None:
+        options.check_goal(goal)
     columns, settings, budget = options.read_columns(column), options.read_settings(task_set), options.read_time(time)
     screen = Screen(as_json=json, quiet=quiet)
     from gossamer import api
     from gossamer.cli.outcome import show_original, show_predictions
+    from gossamer.cli.spending import show_forecast
 
     with screen.progress() as progress:
         result = api.plan(
@@ -47,6 +55,7 @@ def plan(
             task=task,
             data=data,
             goal=goal,
+            recipe=recipe,
             evaluation=evaluation,
             runtime=runtime,
             out=out,
@@ -63,12 +72,19 @@ def plan(
         )
     if screen.answer(result):
         return
-    screen.line("goal", style="bold")
-    for sentence in result.goal_in_words:
-        screen.line(f"  {sentence}")
-    screen.heading("the original, in PyTorch on this machine")
-    show_original(screen, result.original)
-    screen.heading("predicted, most promising first; % is of the original")
-    show_predictions(screen, result.candidates, result.original)
+    if result.original is not None:
+        screen.line("goal", style="bold")
+        for sentence in result.goal_in_words:
+            screen.line(f"  {sentence}")
+        screen.heading("the original, in PyTorch on this machine")
+        show_original(screen, result.original)
+        screen.heading("predicted, most promising first; % is of the original")
+        show_predictions(screen, result.candidates, result.original)
+    if result.candidates:
+        show_forecast(screen, result.candidates[0])
+    if result.calibration:
+        screen.heading("calibration rows")
+        for sentence in result.calibration:
+            screen.line(sentence)
     for note in result.notes:
         screen.line(f"note: {note}")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from gossamer.data.chats import is_turns, read_turns
 from gossamer.data.table import PLACE, Row, Table
 from gossamer.errors import DataError
 
@@ -17,6 +18,7 @@ class HasColumns(Protocol):
 
     columns: ClassVar[dict[str, tuple[str, ...]]]
     optional_columns: ClassVar[frozenset[str]]
+    instead: ClassVar[dict[str, tuple[tuple[str, ...], ...]]]  # role -> groups of roles that may stand in for it
 
 
 def bind_columns(
@@ -25,12 +27,15 @@ def bind_columns(
     overrides: Mapping[str, str] | None = None,
     *,
     optional: Collection[str] = (),
+    skipped: list[str] | None = None,
 ) -> list[Row]:
     """Return the table's rows with the names of the task's roles: `{"text": ..., "label": ..., "place": ...}`.
 
     `overrides` maps a role to a column; the other roles are found by name (see `choose_columns`). Roles in `optional`
-    (labels, for calibration or timing) may be missing. When the column of labels has class names, each row also gets
-    `label_name`. Raises DataError naming the columns found, or the row whose text is empty or whose label is missing.
+    (labels, for calibration or timing) may be missing. Rows that say nothing are left out and their places added to
+    `skipped` when a list is given; else they are an error, as every other cell that is missing. When the column of
+    labels has class names, each row also gets `label_name`. Raises DataError naming the columns found, or the row whose
+    text is empty or whose label is missing.
 
     >>> rows = bind_columns(read_rows("reviews.csv"), get_task("text-classification"), {"text": "review"})
     """
@@ -39,12 +44,17 @@ def bind_columns(
     bound: list[Row] = []
     for index, row in enumerate(table.rows):
         place = table.place(index)
+        if skipped is not None and all(_is_empty(row.get(column)) for column in chosen.values()):
+            skipped.append(place)
+            continue
         cells: dict[str, Any] = {
             role: _checked(row.get(column), role, column, place) for role, column in chosen.items()
         }
         if names:
             cells["label_name"] = _class_name(cells["label"], names, place)
         bound.append({**cells, PLACE: place})
+    if not bound:
+        raise DataError(f"{table.name}: all {len(skipped or ())} rows are empty", "give rows that say something")
     return bound
 
 
@@ -53,8 +63,9 @@ def choose_columns(
 ) -> dict[str, str]:
     """Return which column plays each role, role -> column.
 
-    In turn: the user's choice; the column named like the role; the only column with a recognised name; the only column
-    that can be it (of strings for a text, of images for an image). Upper and lower case are the same.
+    In turn: the user's choice; the column named like the role; columns of roles that stand in for it (`messages`, or
+    `prompt` and `completion`, for a text); the only column with a recognised name; the only column that can be it (of
+    strings for a text, of images for an image). Upper and lower case are the same.
     Raises DataError when a role has no column or several, naming the columns found and the flag that decides.
     """
     for role, column in overrides.items():
@@ -67,8 +78,14 @@ def choose_columns(
             )
     chosen = dict(overrides)
     taken = set(chosen.values())
+    passed_over: set[str] = set()
+    for role, groups in task.instead.items():
+        standing_in = _standing_in(table, role, groups, task, chosen)
+        passed_over |= {role} if standing_in else {other for group in groups for other in group}
+        chosen |= standing_in
+        taken |= set(standing_in.values())
     for role, recognised in task.columns.items():
-        if role in chosen:
+        if role in chosen or role in passed_over:
             continue
         free = [column for column in table.columns if column not in taken]
         found = _by_name(free, role, recognised)
@@ -84,6 +101,28 @@ def choose_columns(
             chosen[role] = found[0]
             taken.add(found[0])
     return chosen
+
+
+def _standing_in(
+    table: Table, role: str, groups: tuple[tuple[str, ...], ...], task: HasColumns, chosen: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the columns of the first group of roles that stands in for a role, all found by name; else nothing."""
+    if role in chosen or any(column.strip().casefold() == role for column in table.columns):
+        return {}
+    first = next(iter(table.rows))
+    for group in groups:
+        found = {}
+        for other in group:
+            named = [chosen[other]] if other in chosen else _by_name(list(table.columns), other, task.columns[other])
+            if len(named) == 1 and _can_be(first.get(named[0]), other):
+                found[other] = named[0]
+        if len(found) == len(group):
+            return found
+    return {}
+
+
+def _can_be(cell: object, role: str) -> bool:
+    return is_turns(cell) or (role != "messages" and isinstance(cell, str))
 
 
 def _by_name(free: list[str], role: str, recognised: tuple[str, ...]) -> list[str]:
@@ -109,9 +148,18 @@ def _is_image_cell(cell: object) -> bool:
     return isinstance(cell, bytes | Path) or hasattr(cell, "convert")  # PIL images convert(mode)
 
 
+def _is_empty(cell: Any) -> bool:
+    """Say whether a cell holds nothing: missing, white space, or no turn of a conversation."""
+    if isinstance(cell, str | list):
+        return not (cell.strip() if isinstance(cell, str) else cell)
+    return cell is None or (isinstance(cell, float) and cell != cell)
+
+
 def _checked(cell: Any, role: str, column: str, place: str) -> Any:
+    if role == "messages" or (role in ("prompt", "completion") and is_turns(cell)):
+        return read_turns(cell, place)
     missing = cell is None or (isinstance(cell, float) and cell != cell)
-    if role in ("text", "text_pair"):
+    if role in ("text", "text_pair", "prompt", "completion"):
         if missing or (isinstance(cell, str) and not cell.strip()):
             raise DataError(f"{place}: the {role} (column {column!r}) is empty", "remove the row, or fill it in")
         if not isinstance(cell, str) and not is_token_ids(cell):

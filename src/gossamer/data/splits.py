@@ -89,6 +89,19 @@ def row_key(row: Row, *, ignore: Collection[str] = NOT_CONTENT) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def loose_key(row: Row) -> str:
+    """Return the key of what a row says when upper and lower case do not matter either."""
+    return row_key({column: _without_case(cell) for column, cell in row.items() if column not in NOT_CONTENT})
+
+
+def _without_case(cell: Any) -> Any:
+    if isinstance(cell, str):
+        return cell.casefold()
+    if isinstance(cell, Mapping):
+        return {name: _without_case(part) for name, part in cell.items()}
+    return [_without_case(part) for part in cell] if isinstance(cell, list | tuple) else cell
+
+
 def _groups(rows: Sequence[Row], key: Key) -> list[list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:

@@ -39,7 +39,7 @@ def check_fits(job: Job, steps: Sequence[Technique]) -> None:
     """
     if job.budget is None:
         return
-    limit = _limit(job.memory)
+    limit = memory_limit(job.memory)
     needs = {step.label(): needed_bytes(job, step) for step in steps}
     worst = max(needs, key=lambda label: needs[label])
     if needs[worst] > limit:
@@ -61,7 +61,7 @@ def check_fits(job: Job, steps: Sequence[Technique]) -> None:
 
 def memory_of_one(memory: int | None, team: Team) -> int | None:
     """Return the bytes that this process may use of what was granted to all on this machine; the same for every one."""
-    return memory if team.size == 1 else int(team.everywhere(_limit(memory))) // team.local_size
+    return memory if team.size == 1 else int(team.everywhere(memory_limit(memory))) // team.local_size
 
 
 def needed_bytes(job: Job, step: Technique) -> int:
@@ -81,7 +81,7 @@ def samples_memory(job: Job, step: Technique) -> int | None:
     """
     if job.budget is None and job.memory is None:
         return None
-    return max(0, _limit(job.memory) - needed_bytes(job, step))
+    return max(0, memory_limit(job.memory) - needed_bytes(job, step))
 
 
 def _sample_bytes(job: Job) -> int:
@@ -107,7 +107,7 @@ def _tokens(job: Job) -> int:
     return max((batch.inputs[next(iter(batch.inputs))].size for batch in samples), default=0)
 
 
-def _limit(memory: int | None) -> int:
+def memory_limit(memory: int | None) -> int:
     """Return the bytes that may be used: what the user granted, or most of what is free."""
     return memory if memory is not None else int(SHARE_OF_FREE * memory_bytes()[1]) + resident_bytes()
 
@@ -119,7 +119,7 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
     """
     if source.shards is None:
         return None
-    limit = _limit(memory)
+    limit = memory_limit(memory)
     needed = resident_bytes() + int(WHOLE_COPIES * 4 * source.shards.num_values)
     if needed <= limit:
         return None
@@ -129,4 +129,9 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
             f"{limit / GIB:.1f} GiB may be used",
             "raise --memory, or use --runtime torch, which goes through a model piece by piece",
         )
-    return max(LEAST_BUDGET, int(SHARE_OF_WEIGHTS * (limit - resident_bytes())))
+    return streamed_budget(memory)
+
+
+def streamed_budget(memory: int | None) -> int:
+    """Return how many bytes of the weights of a model that is read piece by piece may stay in memory."""
+    return max(LEAST_BUDGET, int(SHARE_OF_WEIGHTS * (memory_limit(memory) - resident_bytes())))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +16,18 @@ from gossamer.measure.machine import stamp
 from gossamer.plan.allocation import mixed_recipes
 from gossamer.plan.budget import check_fits, memory_of_one
 from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
+from gossamer.plan.forecast import Forecaster, check_forecast
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
-from gossamer.plan.predict import Corrections, Tables
-from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare
+from gossamer.plan.predict import Tables
+from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.records import Original, PlanResult, Prediction, Provenance, RunResult, Tried
-from gossamer.plan.search import Found, Menu, Search, prove, time_budget
+from gossamer.plan.rates import measured_rates
+from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
+from gossamer.plan.search import Found, Search, prove, time_budget
 from gossamer.recipe import Recipe
-from gossamer.run.atomic import publish_folder, write_text
+from gossamer.run.atomic import publish_folder, readable_bytes, write_text
 from gossamer.run.team import Team, assembled, num_processes
 from gossamer.run.workspace import Onlooker, Run
 from gossamer.runtimes.manifest import MANIFEST
@@ -42,41 +40,11 @@ ARTIFACT = "artifact"
 NUM_NOT_TRIED = 6  # the next most promising; `gossamer plan` lists all
 
 
-def plan_run(inputs: Inputs, goal: Goal, out: Path | None) -> PlanResult:
-    """Return every recipe's prediction, most promising first; nothing is built but the tables that predictions need.
-
-    With `out` the tables stay in that run folder, and `optimize` with the same arguments goes on from them.
-    """
-    _alone("plan")
-    prepared = prepare(inputs)
-    with (
-        _folder(out) as folder,
-        Run(folder, identity(inputs, prepared, goal=str(goal))) as run,
-        opened_job(inputs, prepared, run) as job,
-    ):
-        check_measurable(job, goal)
-        tables, _ = make_tables(job, goal)
-        menu = Menu(job, goal, tables, _recipes(job, goal, tables, len(prepared.calibration)))
-        ranked = menu.ranked(Corrections())
-        while menu.wants_more(ranked) and menu.next_wave():
-            ranked = menu.ranked(Corrections())
-        return PlanResult(
-            goal=str(goal),
-            goal_in_words=goal.describe(),
-            original=menu.tables.original,
-            candidates=tuple(
-                Tried(name=name_of(item.steps), recipe=steps_recipe(item.steps), predicted=item.prediction)
-                for item in ranked
-            ),
-            notes=job.model.notes,
-        )
-
-
 def optimize_run(
     inputs: Inputs, goal: Goal, out: Path, *, fresh: bool, max_candidates: int, time_budget_seconds: float | None
 ) -> RunResult:
     """Return what a search for the goal found, after publishing its artifact and report.json in `out`."""
-    _alone("optimize")
+    check_alone("optimize")
     began = time.monotonic()
     prepared = prepare(inputs)
     budget = min((s for s in (time_budget(goal), time_budget_seconds) if s is not None), default=None)
@@ -86,17 +54,19 @@ def optimize_run(
     ):
         check_measurable(job, goal)
         tables, reference = make_tables(job, goal)
-        found = _recipes(job, goal, tables, len(prepared.calibration))
+        found = proposals(job, goal, tables, len(prepared.calibration))
         deadline = None if budget is None else began + budget
-        result = Search(job, goal, tables, reference).run(found, max_candidates=max_candidates, deadline=deadline)
+        search = Search(job, goal, tables, reference, Forecaster(job, measured_rates(job)))
+        result = search.run(found, max_candidates=max_candidates, deadline=deadline)
         return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
 
 
 def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, fresh: bool) -> RunResult:
     """Return what one recipe gives, after publishing its artifact and report.json in `out`.
 
-    Without a goal the verdict says whether the file holds and computes what the recipe says. Processes that were
-    started together (torchrun) share the calibrated steps, and all return the same result.
+    Without a goal the verdict says whether the file holds and computes what the recipe says. Refuses before anything is
+    built what this machine cannot hold. Processes that were started together (torchrun) share the calibrated steps, and
+    all return the same result.
     """
     steps: Steps = tuple(resolve(recipe))
     with assembled() as team:
@@ -121,35 +91,23 @@ def _lead(
     inputs: Inputs, prepared: Prepared, steps: Steps, goal: Goal | None, out: Path, fresh: bool, team: Team
 ) -> RunResult:
     began = time.monotonic()
-    needed = max((step.rows_needed() for step in steps), default=0)
-    if len(prepared.calibration) < needed:
-        raise DataError(
-            f"the recipe needs {needed} calibration rows, {len(prepared.calibration)} are there",
-            "give more rows with --data",
-        )
+    check_rows(steps, prepared)
     if inputs.data is None and goal is not None and any(part.quantity == "quality" for part in goal.constraints):
         raise DataError("the goal bounds quality, but there are no rows to measure it on", "give rows with --data")
     what = {"recipe": steps_recipe(steps), "goal": str(goal) if goal else ""}
     with (
         Run(out, identity(inputs, prepared, **what), fresh=fresh) as run,
-        opened_job(inputs, prepared, run, team) as job,
+        opened_job(inputs, prepared, run, team) as opened,
     ):
-        decisions = [decision for step in steps for decision in step.resolve(job.model)]
-        if twice := rounds_twice(steps, job.model):
-            raise TechniqueError(
-                f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
-                "name them under `ignore` in one of the two steps",
-            )
-        check_measurable(job, goal)
-        check_fits(job, steps)
-        refusal = refused_by(job.runtime, decisions)
-        if refusal is not None:
-            raise RuntimeUnavailable(
-                f"{job.runtime.name} cannot hold the recipe: {refusal}",
-                "name the layer under `ignore`, or use another --runtime",
-            )
+        check_recipe(opened, steps)
+        check_measurable(opened, goal)
+        check_fits(opened, steps)
+        job, forecast = fitting(opened, goal, steps)
+        check_forecast(forecast, name_of(steps))
+        job.progress.say(f"predicted: {in_short(forecast)}")
         original, reference = describe_original(job)
-        tried, _ = prove(job, goal, steps, _no_prediction(original), original, reference)
+        tried, _ = prove(job, goal, steps, _no_prediction(original, forecast), original, reference)
+        tried = tried.model_copy(update={"forecast": forecast})
         verdict = Verdict(tried.verdict or "FAIL")
         reason = tried.rejected or "; ".join(judged.why for judged in tried.judgements)
         reason = reason or "the files hold what the recipe says, and compute what was computed in memory"
@@ -159,7 +117,7 @@ def _lead(
         return _published(job, inputs, prepared, "apply", goal, original, found, began)
 
 
-def _alone(verb: str) -> None:
+def check_alone(verb: str) -> None:
     """Raise RunError when several processes were started for what one does."""
     if num_processes() > 1:
         raise RunError(
@@ -168,12 +126,67 @@ def _alone(verb: str) -> None:
         )
 
 
-def check_measurable(job: Job, goal: Goal | None) -> None:
-    """Raise GoalError for a bound on what is not measured of a model that is read piece by piece."""
+def check_rows(steps: Steps, prepared: Prepared) -> None:
+    """Raise DataError when a recipe needs more calibration rows than there are."""
+    needed = max((step.rows_needed() for step in steps), default=0)
+    if len(prepared.calibration) < needed:
+        raise DataError(
+            f"the recipe needs {needed} calibration rows, {len(prepared.calibration)} are there",
+            "give more rows with --data",
+        )
+
+
+def check_recipe(job: Job, steps: Steps) -> None:
+    """Raise TechniqueError or RuntimeUnavailable for a recipe that the model or its runtime cannot take."""
+    if twice := rounds_twice(steps, job.model):
+        raise TechniqueError(
+            f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
+            "name them under `ignore` in one of the two steps",
+        )
+    refusal = refused_by(job.runtime, [decision for step in steps for decision in step.resolve(job.model)])
+    if refusal is not None:
+        raise RuntimeUnavailable(
+            f"{job.runtime.name} cannot hold the recipe: {refusal}",
+            "name the layer under `ignore`, or use another --runtime",
+        )
+
+
+def fitting(job: Job, goal: Goal | None, steps: Steps, where: Path | None = None) -> tuple[Job, Forecast]:
+    """Return what a recipe will take, with the model opened whole or, where only that can be held, piece by piece."""
+    found = Forecaster(job, measured_rates(job), where=where).of(steps, covered=True)
+    # processes that work together have all opened the model as this one has
+    if found.memory_bytes <= found.memory_limit or bounds_untimed(goal) or job.team.size > 1:
+        return job, found
+    smaller = piece_by_piece(job)
+    if smaller is None:
+        return job, found
+    again = Forecaster(smaller, measured_rates(smaller), where=where).of(steps, covered=True)
+    if again.memory_bytes >= found.memory_bytes:
+        return job, found
+    job.progress.say(f"{job.source.name} is read piece by piece: opened whole, {name_of(steps)} {found.refusal}")
+    return smaller, again
+
+
+def in_short(found: Forecast) -> str:
+    """Write a forecast in one line."""
+    return (
+        f"about {round(found.seconds)} s, {found.memory_bytes / 2**30:.1f} GiB of memory, "
+        f"{readable_bytes(found.disk_bytes)} on disk"
+    )
+
+
+def bounds_untimed(goal: Goal | None) -> list[str]:
+    """Return a goal's bounds and objective on what is not measured of a model that is read piece by piece."""
     untimed = ("latency", "throughput", "memory")
     bounds = [str(part) for part in goal.constraints if part.quantity in untimed] if goal is not None else []
     if goal is not None and goal.objective is not None and goal.objective.quantity in untimed:
         bounds.append(str(goal.objective))
+    return bounds
+
+
+def check_measurable(job: Job, goal: Goal | None) -> None:
+    """Raise GoalError for a bound on what is not measured of a model that is read piece by piece."""
+    bounds = bounds_untimed(goal)
     if job.budget is not None and bounds:
         raise GoalError(
             f"`{bounds[0]}` cannot be measured: {job.source.name} does not fit into memory and is read piece by piece",
@@ -209,7 +222,7 @@ def _float_bytes(job: Job) -> dict[str, int]:
     return {f"{name}.weight": 2 for name, dtype in stored.items() if dtype in narrow and job.runtime.keeps_16_bits}
 
 
-def _recipes(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
+def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
     """Return every technique's own proposals, and those whose widths are chosen for this goal."""
     space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
     return [*recipes(space), *mixed_recipes(job, goal, tables, space)]
@@ -222,8 +235,8 @@ def _proof_seconds(job: Job) -> float:
     return float(sum(finished[kind].get("seconds", 0.0) for kind in kinds if kind in finished))
 
 
-def _no_prediction(original: Original) -> Prediction:
-    """Return the prediction of a recipe that nobody predicted: the original's own figures."""
+def _no_prediction(original: Original, forecast: Forecast) -> Prediction:
+    """Return the prediction of a recipe that was not profiled: the original's own figures, and the time."""
     return Prediction(
         quality_share=1.0,
         kl=0.0,
@@ -231,7 +244,7 @@ def _no_prediction(original: Original) -> Prediction:
         latency_seconds=original.latency.p50,
         latency_share=1.0,
         memory_bytes=original.memory_bytes,
-        seconds=0.0,
+        seconds=forecast.seconds,
     )
 
 
@@ -293,16 +306,3 @@ def _provenance(job: Job, inputs: Inputs, prepared: Prepared) -> Provenance:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
-
-
-@contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    """Yield the run folder, or a temporary one that is removed afterwards."""
-    if out is not None:
-        yield out
-        return
-    scratch = Path(tempfile.mkdtemp(prefix="gossamer-plan-"))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch)

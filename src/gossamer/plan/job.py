@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from gossamer.data.checks import Finding
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
@@ -53,6 +54,7 @@ class Job:
     memory: int | None = None  # bytes that the run may take, when the user set a limit
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
     team: Team = ALONE  # the processes that carry out this job together
+    findings: tuple[Finding, ...] = ()  # about the calibration rows
 
     @property
     def profiled(self) -> tuple[Batch, ...]:

@@ -150,7 +150,8 @@ def guessed_task(source: Source) -> str:
 
 def read_batches(artifact: Artifact, data: Rows, columns: Mapping[str, str], num_rows: int | None) -> tuple[Batch, ...]:
     """Return the rows of some data as batches of one for this artifact's task."""
-    rows = bind_columns(read_rows(data), artifact.task, columns)
+    skipped: list[str] | None = [] if artifact.task.leaves_out_empty else None
+    rows = bind_columns(read_rows(data), artifact.task, columns, skipped=skipped)
     if num_rows is not None and num_rows < len(rows):
         rows = sorted(rows, key=row_key)[:num_rows]
     if len(rows) < 2:

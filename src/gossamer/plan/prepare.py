@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gossamer.data.checks import Finding, finding
 from gossamer.data.columns import bind_columns
 from gossamer.data.rows import read_rows
-from gossamer.data.splits import row_key, split_rows, without_overlap
-from gossamer.errors import DataError
+from gossamer.data.splits import loose_key, row_key, split_rows, without_overlap
+from gossamer.errors import DataError, ModelError
 from gossamer.measure.machine import usable_cores
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
-from gossamer.plan.budget import weights_budget
+from gossamer.plan.budget import streamed_budget, weights_budget
+from gossamer.plan.calibration import check_calibration, kept_apart
 from gossamer.plan.job import Job
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
@@ -69,6 +71,7 @@ class Prepared:
     evaluation: list[Row]
     prints: dict[str, str]
     names: dict[str, str]
+    findings: tuple[Finding, ...] = ()
 
 
 def prepare(inputs: Inputs) -> Prepared:
@@ -80,21 +83,22 @@ def prepare(inputs: Inputs) -> Prepared:
     task = get_task(inputs.task, **inputs.task_settings)
     if inputs.data is None:
         return _without_rows(source, task)
-    rows, data_print, data_name = _read(inputs.data, task, inputs.columns)
+    findings: list[Finding] = []
+    rows, data_print, data_name = _read(inputs.data, task, inputs.columns, findings)
     if inputs.evaluation is None:
         parts = split_rows(rows, sizes={"test": 0.5, "calibration": min(inputs.calibration_rows, len(rows) // 4)})
-        calibration, evaluation = parts.calibration, parts.test
+        evaluation = parts.test
         eval_print, eval_name = data_print, f"{data_name} (held-out half)"
     else:
-        evaluation, eval_print, eval_name = _read(inputs.evaluation, task, inputs.columns)
-        free, dropped = without_overlap(rows, evaluation)
+        evaluation, eval_print, eval_name = _read(inputs.evaluation, task, inputs.columns, [])
+        free, dropped = without_overlap(rows, evaluation, key=loose_key)
         if dropped:
             inputs.progress.say(f"{dropped} rows of {data_name} also occur in {eval_name}: not used for calibration")
         if not free:
             raise DataError(
                 f"all {len(rows)} rows of {data_name} also occur in {eval_name}", "give other rows with --data"
             )
-        calibration = split_rows(free, sizes={"calibration": min(inputs.calibration_rows, len(free))}).calibration
+        parts = split_rows(free, sizes={"calibration": min(inputs.calibration_rows, len(free))})
     if inputs.evaluation_rows is not None and inputs.evaluation_rows < len(evaluation):
         evaluation = sorted(evaluation, key=row_key)[: inputs.evaluation_rows]
     if len(evaluation) < MIN_EVALUATION_ROWS:
@@ -102,6 +106,7 @@ def prepare(inputs: Inputs) -> Prepared:
             f"{len(evaluation)} evaluation rows cannot support a verdict: at least {MIN_EVALUATION_ROWS} are needed",
             "give more rows with --eval",
         )
+    calibration = kept_apart(parts.calibration, parts.train, evaluation, findings)
     prints = {
         "model": source.fingerprint,
         "data": data_print,
@@ -109,7 +114,8 @@ def prepare(inputs: Inputs) -> Prepared:
         "evaluation": hash_json([row_key(row) for row in evaluation]),
         "evaluation-file": eval_print,
     }
-    return Prepared(source, task, calibration, evaluation, prints, {"data": data_name, "evaluation": eval_name})
+    names = {"data": data_name, "evaluation": eval_name}
+    return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings))
 
 
 def _without_rows(source: Source, task: Task) -> Prepared:
@@ -126,10 +132,14 @@ def made_up_row(words: int) -> Row:
     return {"text": text, "image": Image.fromarray(noise), "audio": hiss}
 
 
-def _read(rows: Rows, task: Task, columns: Mapping[str, str]) -> tuple[list[Row], str, str]:
-    """Return (bound rows, content hash, name for messages)."""
+def _read(rows: Rows, task: Task, columns: Mapping[str, str], findings: list[Finding]) -> tuple[list[Row], str, str]:
+    """Return (bound rows, content hash, name for messages); rows that say nothing are left out where a task says so."""
     table = read_rows(rows)
-    return bind_columns(table, task, columns), table.fingerprint, table.name
+    skipped: list[str] = []
+    bound = bind_columns(table, task, columns, skipped=skipped if task.leaves_out_empty else None)
+    if skipped:
+        findings.append(finding("empty", "warning", skipped, len(table), "are empty and left out"))
+    return bound, table.fingerprint, table.name
 
 
 @contextmanager
@@ -156,6 +166,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
+        findings = check_calibration(prepared, calibration, inputs.progress)
         yield Job(
             source=source,
             task=task,
@@ -175,9 +186,21 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             budget=budget,
             memory=inputs.memory,
             team=team,
+            findings=findings,
         )
     finally:
         torch.set_num_threads(before)
+
+
+def piece_by_piece(job: Job) -> Job | None:
+    """Return a job over the same model, read piece by piece; None where model or runtime must be opened whole."""
+    if job.budget is not None or job.source.shards is None or not job.runtime.streams:
+        return None
+    budget = streamed_budget(job.memory)
+    try:
+        return replace(job, budget=budget, model=_mapped(job.source, job.task, job.latency_inputs, budget))
+    except ModelError:  # batch norms, tensors of other names
+        return None
 
 
 def _mapped(source: Source, task: Task, request: Arrays, budget: int | None) -> ModelMap:

@@ -44,8 +44,8 @@ INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by 
 
 def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
     """Return the step that holds `artifact/`, what it should compute, and (its value) the decisions that made it."""
-    entries = [step.entry() for step in steps]
-    rows_used = job.prints["calibration"] if any(step.rows_needed() for step in steps) else None
+    inputs = artifact_inputs(job, steps)
+    entries, rows_used = inputs["recipe"], inputs["calibration"]
 
     def build(folder: Path) -> dict[str, Any]:
         job.team.everywhere(APPLY)  # the other processes wait for this, and apply the steps too
@@ -70,8 +70,14 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         )
         return {"decisions": [_decision_json(decision) for decision in decisions]}
 
-    inputs = job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed)
     return job.run.step("artifact", inputs, build)
+
+
+def artifact_inputs(job: Job, steps: Sequence[Technique]) -> dict[str, Any]:
+    """Return what the step that writes a recipe's artifact depends on."""
+    rows_used = job.prints["calibration"] if any(step.rows_needed() for step in steps) else None
+    entries = [step.entry() for step in steps]
+    return job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed)
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:

@@ -48,6 +48,51 @@ class Prediction(Record):
     seconds: float  # wall time to build, prove and measure it
 
 
+class Stage(Record):
+    """Hold what one stage of carrying out a recipe is expected to take: bytes of all processes then, seconds in all."""
+
+    name: str
+    memory_bytes: int
+    seconds: float
+
+
+class DiskUse(Record):
+    """Hold what will lie in the run folder, and how many bytes of it."""
+
+    what: str
+    bytes: int
+
+
+class Covered(Record):
+    """Say what a recipe does to one module's weight (`done`, empty where nothing), or why it leaves it as it is."""
+
+    module: str
+    role: str
+    shape: tuple[int, ...]
+    num_parameters: int
+    done: str
+    why: str = ""
+
+
+class Forecast(Record):
+    """Hold what carrying out one recipe is expected to take, before anything is spent; `refusal` says why it cannot be.
+
+    `memory_limit` is what the run may take, `disk_free` what the run folder's disk holds besides what lies there
+    already; `streamed` says that the model is read piece by piece.
+    """
+
+    streamed: bool
+    stages: tuple[Stage, ...]
+    disk: tuple[DiskUse, ...]
+    memory_bytes: int  # the most that any stage takes
+    memory_limit: int
+    disk_bytes: int
+    disk_free: int
+    seconds: float  # of all stages
+    coverage: tuple[Covered, ...] = ()
+    refusal: str = ""
+
+
 class Judged(Record):
     """Hold one constraint's judgement in the words and numbers that a person reads."""
 
@@ -138,6 +183,7 @@ class Tried(Record):
     violation: float = float("inf")
     seconds: float = 0.0
     folder: str = ""  # of the artifact, relative to the run
+    forecast: Forecast | None = None
 
 
 class Original(Record):
@@ -172,13 +218,18 @@ class Provenance(Record):
 
 
 class PlanResult(Record):
-    """Hold what `plan` prints: the original, and every recipe with its prediction, most promising first."""
+    """Hold what `plan` prints: the original, and every recipe with its prediction, most promising first.
+
+    Without a goal nothing is measured: there is no `original`, and the one recipe's prediction is its bytes alone.
+    `calibration` says in words what was found about the calibration rows, and what more of them would bring.
+    """
 
     goal: str
     goal_in_words: list[str]
-    original: Original
+    original: Original | None
     candidates: tuple[Tried, ...]
     notes: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
 
 
 class RunResult(Record):

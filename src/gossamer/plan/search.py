@@ -4,19 +4,22 @@ A prediction is compared with each bound in units of how far predictions of that
 these is a recipe's promise. What can be known without measuring (bytes, parameters) rules recipes out first; the rest
 are profiled in waves, gentlest first, so that 2 bits cost no time where 8 will do. The search ends at the first PASS
 (with an objective: the first in the objective's order among those that are likely to pass), when nothing left can
-pass, when the time is spent, or after `max_candidates`.
+pass, when the time is spent, or after `max_candidates`. A recipe that this machine cannot hold, or that is predicted to
+take longer than is left, is not begun: it is left out with the reason.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gossamer.errors import ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError
+from gossamer.errors import ArtifactError, MeasureError, RecipeError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Judgement, Verdict, binding, judge, overall, violation
 from gossamer.measure.statistics import needed_samples
 from gossamer.plan.candidates import Steps, name_of
+from gossamer.plan.forecast import Forecaster
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict, predicted_bytes
 from gossamer.plan.profile import profile
@@ -152,12 +155,25 @@ def time_budget(goal: Goal) -> float | None:
 
 
 class Menu:
-    """Hold the recipes that may be tried: those that fit what can be counted, profiled wave by wave, gentlest first."""
+    """Hold the recipes that may be tried: those that fit what can be counted, profiled wave by wave, gentlest first.
 
-    def __init__(self, job: Job, goal: Goal, tables: Tables, recipes: Sequence[Steps]) -> None:
+    `refusal` says of a recipe why it cannot be carried out (memory, disk, time), empty where it can; it is asked before
+    anything is spent on it, and `left_out` keeps the answers.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        goal: Goal,
+        tables: Tables,
+        recipes: Sequence[Steps],
+        refusal: Callable[[Steps], str] = lambda _: "",
+    ) -> None:
         self.job = job
         self.goal = goal
         self.tables = tables
+        self.refusal = refusal
+        self.left_out: dict[Steps, str] = {}
         sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
         fitting = [steps for steps in sized if self._fits(steps)]
         self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
@@ -166,15 +182,25 @@ class Menu:
     def next_wave(self) -> bool:
         """Profile the next recipes; return False when none is waiting."""
         size = WAVE if self.job.budget is None else STREAMED_WAVE
-        wave, self.waiting = self.waiting[:size], self.waiting[size:]
+        wave: list[Steps] = []
+        while self.waiting and len(wave) < size:
+            steps = self.waiting.pop(0)
+            if self.possible(steps):
+                wave.append(steps)
         if not wave:
             return False
-        steps = [step for steps in wave for step in steps]
-        self.tables = replace(self.tables, profile=profile(self.job, steps, self.tables.profile))
+        parts = [step for steps in wave for step in steps]
+        self.tables = replace(self.tables, profile=profile(self.job, parts, self.tables.profile))
         now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
         self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
         self.open += [*wave, *now_known]
         return True
+
+    def possible(self, steps: Steps) -> bool:
+        """Say whether a recipe can be carried out now; one that cannot is left out from here on."""
+        if why := self.refusal(steps):
+            self.left_out[steps] = why
+        return not why
 
     def ranked(self, corrections: Corrections) -> list[Ranked]:
         """Return the profiled recipes that were not taken yet, most promising first."""
@@ -214,8 +240,12 @@ class Menu:
 class Search:
     """Try recipes one after another; every finished step is in the run, so a killed search goes on."""
 
-    def __init__(self, job: Job, goal: Goal, tables: Tables, reference: Evaluation) -> None:
+    def __init__(
+        self, job: Job, goal: Goal, tables: Tables, reference: Evaluation, forecaster: Forecaster | None = None
+    ) -> None:
         self.job = job
+        self.forecaster = forecaster
+        self.deadline: float | None = None
         self.goal = goal
         self.tables = tables
         self.original = tables.original
@@ -225,8 +255,9 @@ class Search:
         self.judgements: list[list[Judgement]] = []
 
     def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
-        """Return what was found. `deadline` is a time.monotonic() value after which no further recipe is begun."""
-        menu = Menu(self.job, self.goal, self.tables, recipes)
+        """Return what was found. `deadline` is a time.monotonic() value that no recipe is begun to pass."""
+        self.deadline = deadline
+        menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal)
         stop = "no recipe is left"
         while True:
             ranked = menu.ranked(self.corrections)
@@ -245,11 +276,28 @@ class Search:
                 stop = "the time is spent"
                 break
             menu.open.remove(best.steps)
+            if not menu.possible(best.steps):
+                self.job.progress.say(f"{name_of(best.steps)} is left out: it {menu.left_out[best.steps]}")
+                continue
             self._try(best)
             if self.tried[-1].verdict == Verdict.PASS:
                 break
         not_tried = [self._as_untried(item) for item in menu.ranked(self.corrections)]
-        return self._conclude(stop, not_tried)
+        left_out = [unbuilt(self.tables, steps, f"it {why}") for steps, why in menu.left_out.items()]
+        if left_out and not self.tried:
+            stop = f"{len(left_out)} recipes cannot be carried out here: {left_out[0].name} {left_out[0].rejected[3:]}"
+        return self._conclude(stop, [*not_tried, *left_out])
+
+    def _refusal(self, steps: Steps) -> str:
+        """Return why a recipe cannot be carried out now: memory, disk, or the time that is left."""
+        if self.forecaster is None:
+            return ""
+        try:
+            found = self.forecaster.of(steps)
+        except (RecipeError, TechniqueError):  # building it says so, as ever
+            return ""
+        left = math.inf if self.deadline is None else self.deadline - time.monotonic()
+        return found.refusal or too_long(found.seconds, left)
 
     def _try(self, item: Ranked) -> None:
         """Build, check, measure and judge one recipe; a refusal is recorded, never swallowed."""
@@ -287,9 +335,8 @@ class Search:
             reason = f"{self.tried[chosen].name} meets every bound"
             return Found(tuple(self.tried), tuple(not_tried), chosen, Verdict.PASS, reason)
         if not sound:
-            why = (
-                "; ".join(tried.rejected for tried in self.tried[:3]) or "no technique proposes anything for this model"
-            )
+            why = "; ".join(tried.rejected for tried in self.tried[:3])
+            why = why or (stop if not_tried else "no technique proposes anything for this model")
             return Found(tuple(self.tried), tuple(not_tried), None, Verdict.FAIL, f"no candidate could be built: {why}")
         chosen = min(sound, key=lambda index: self.tried[index].violation)
         judgements = self.judgements[chosen]
@@ -313,6 +360,31 @@ class Search:
                     return f"; about {needed} more samples needed"
                 return "; more samples are not expected to help"
         return ""
+
+
+def too_long(seconds: float, left: float) -> str:
+    """Return that a recipe is predicted to take longer than is left, as the end of a sentence; empty when it is not."""
+    if seconds <= left:
+        return ""
+    return f"is predicted to take {round(seconds)} s; {max(0, round(left))} s are left"
+
+
+def unbuilt(tables: Tables, steps: Steps, why: str) -> Tried:
+    """Return the record of a recipe that was not begun: its bytes are known, what was not profiled is not."""
+    decisions = [decision for step in steps for decision in step.resolve(tables.model)]
+    if tables.profile.knows(steps):
+        prediction = predict(tables, steps)
+    else:
+        prediction = unknown_but_for(predicted_bytes(tables, decisions))
+    return Tried(name=name_of(steps), recipe=steps_recipe(steps), predicted=prediction, rejected=why)
+
+
+def unknown_but_for(size: int) -> Prediction:
+    """Return a prediction of bytes alone."""
+    nan = math.nan
+    return Prediction(
+        quality_share=nan, kl=nan, size_bytes=size, latency_seconds=nan, latency_share=nan, memory_bytes=0, seconds=nan
+    )
 
 
 def prove(

@@ -40,7 +40,7 @@ def storage_errors(folder: Path, needed_bytes: int | None = None) -> Iterator[No
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Refuse to start work that cannot fit: raise RunError when fewer than `needed_bytes` are free at `folder`."""
-    if shutil.disk_usage(_existing(folder)).free < needed_bytes:
+    if shutil.disk_usage(existing(folder)).free < needed_bytes:
         raise _full(folder, needed_bytes)
 
 
@@ -151,7 +151,7 @@ def _refusal(error: Exception, folder: Path, needed_bytes: int | None) -> RunErr
 
 
 def _full(folder: Path, needed_bytes: int | None) -> RunError:
-    free = readable_bytes(shutil.disk_usage(_existing(folder)).free)
+    free = readable_bytes(shutil.disk_usage(existing(folder)).free)
     needed = f"{readable_bytes(needed_bytes)} needed, " if needed_bytes is not None else ""
     return RunError(
         f"the disk of {folder} is full: {needed}{free} free",
@@ -171,6 +171,6 @@ def _replaceable(target: Path, marker: str) -> bool:
     return target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

@@ -78,6 +78,21 @@ class Evaluation:
     agreement: Scores | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """Hold what a model reads of one row: the text, its tokens, and how many of them fit one input.
+
+    `fills` says that inputs are meant to be as long as fits: windows of a document, not sentences. `form` is how the
+    text came about (see `tasks/chat.py`).
+    """
+
+    text: str
+    num_tokens: int
+    limit: int
+    fills: bool = False
+    form: str = "text"
+
+
 class Task(ABC):
     """Say what a model is for. One file a task; `gossamer.tasks.get_task(name)` finds it."""
 
@@ -87,6 +102,8 @@ class Task(ABC):
     metric: ClassVar[Metric]
     columns: ClassVar[dict[str, tuple[str, ...]]]  # role of a column -> names that are recognised as it
     optional_columns: ClassVar[frozenset[str]] = frozenset()  # roles that a row may do without
+    instead: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {}  # role -> groups of roles that may stand in for it
+    leaves_out_empty: ClassVar[bool] = False  # True: a row that says nothing is no mistake, and is not used
     made_up_words: ClassVar[int] = 400  # of a row that stands in where there is no data
     profile_samples: ClassVar[int] = 128  # calibration inputs that tell what a step does to quality
     input_axes: ClassVar[dict[str, dict[int, str]]]  # input -> {axis: name} of axes that may vary; what exporters need
@@ -101,6 +118,10 @@ class Task(ABC):
     def calibration(self, rows: Sequence[Row], source: Source, count: int) -> list[Batch]:
         """Return at most `count` model inputs of one sample each, evenly spread over the rows."""
         return spread(self.batches(rows, source, batch_size=1), count)
+
+    def written(self, rows: Sequence[Row], source: Source) -> list[Written]:
+        """Return what the model reads of each row, where that is text; else nothing."""
+        return []
 
     @abstractmethod
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:

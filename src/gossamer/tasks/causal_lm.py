@@ -1,8 +1,9 @@
 """Causal language models: text in, the probability of each next token out; scored by perplexity.
 
-A row is a document. Its tokens are cut into windows of `context` tokens that do not overlap; a last, shorter window of
-at least two tokens is kept. Within a window every token but the first is scored from those before it. A document's
-score is the sum of its tokens' log-likelihoods (nats) with the number of tokens as weight, so
+A row is a document: a text as it is, or a conversation in the model's chat template (`chat.py`). Its tokens are cut
+into windows of `context` tokens that do not overlap; a last, shorter window of at least two tokens is kept. Within a
+window every token but the first is scored from those before it. A document's score is the sum of its tokens'
+log-likelihoods (nats) with the number of tokens as weight, so
 
     perplexity = exp(-sum of sums / sum of weights),   quality = exp(mean_candidate - mean_original) = ppl_o / ppl_c
 
@@ -37,8 +38,9 @@ from torch import Tensor
 
 from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, MeasureError, TaskError
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, RunAll, Scores, Task
-from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, RunAll, Scores, Task, Written
+from gossamer.tasks.chat import rendered
+from gossamer.tasks.tokens import accepted_inputs, check_length, median_request
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -76,8 +78,14 @@ class CausalLM(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     metric: ClassVar[Metric] = Metric("perplexity", "", False, figure=perplexity, quality=perplexity_kept)
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("content", "document", "body", "article", "passage", "sentence", "story", "message", "completion")
+        "text": ("content", "document", "body", "article", "passage", "sentence", "story", "message", "completion"),
+        "messages": ("conversations", "conversation", "chat", "dialog"),
+        "prompt": ("instruction", "question"),
+        "completion": ("response", "answer", "output"),
     }
+    optional_columns: ClassVar[frozenset[str]] = frozenset({"messages", "prompt", "completion"})
+    instead: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {"text": (("messages",), ("prompt", "completion"))}
+    leaves_out_empty: ClassVar[bool] = True
     profile_samples: ClassVar[int] = 24  # each scores hundreds of tokens
     input_axes: ClassVar[dict[str, dict[int, str]]] = {"input_ids": _AXES, "attention_mask": _AXES}
 
@@ -126,15 +134,26 @@ class CausalLM(Task):
     def _windows(self, rows: Sequence[Row], tokenizer: Any) -> list[_Window]:
         documents: list[list[_Window]] = []
         for index, row in enumerate(rows):
-            cell = row.get("text")
-            ids = cell if is_token_ids(cell) else tokenizer(text_of(row, "text", index), verbose=False)["input_ids"]
-            tokens = np.array(ids, dtype=np.int64)
+            tokens = _tokens(row, index, tokenizer)
             starts = range(0, len(tokens) - 1, self.context)
             if starts:
                 documents.append([_Window(tokens[start : start + self.context], len(documents)) for start in starts])
         if self.max_tokens is None:
             return [window for document in documents for window in document]
         return _spread(documents, self.max_tokens)
+
+    def written(self, rows: Sequence[Row], source: Source) -> list[Written]:
+        """Return the text and the number of tokens of each row; rows that are tokens already are passed over."""
+        texts = [(index, row) for index, row in enumerate(rows) if not is_token_ids(row.get("text"))]
+        if not texts:
+            return []
+        tokenizer = source.processor()
+        found = []
+        for index, row in texts:
+            what = rendered(row, index, tokenizer)
+            num_tokens = len(_tokens(row, index, tokenizer))
+            found.append(Written(what.text, num_tokens, self.context, fills=True, form=what.form))
+        return found
 
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
         """Return the window of median length, batch 1, made `latency_tokens` tokens long when that is set."""
@@ -194,6 +213,16 @@ class CausalLM(Task):
 class _Window:
     tokens: NDArray[np.int64]
     sample: int
+
+
+def _tokens(row: Row, index: int, tokenizer: Any) -> NDArray[np.int64]:
+    """Return the tokens of a row: those that it holds, or those of what the model reads of it."""
+    cell = row.get("text")
+    if is_token_ids(cell):
+        return np.array(cell, dtype=np.int64)
+    what = rendered(row, index, tokenizer)
+    ids = tokenizer(what.text, verbose=False, add_special_tokens=not what.has_special_tokens)["input_ids"]
+    return np.array(ids, dtype=np.int64)
 
 
 def score_tokens(

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, TaskError
-from gossamer.tasks.base import Arrays, Batch, Row
+from gossamer.tasks.base import Arrays, Batch, Row, Written
 from gossamer.tasks.classification import LABEL_NAMES, Classification, labels_of
 from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
 
@@ -96,6 +96,19 @@ class TextClassification(Classification):
             stop = start + len(part)
             targets = {} if labels_N is None else {"labels": labels_N[start:stop]}
             found.append(Batch(inputs, np.arange(start, stop), targets))
+        return found
+
+    def written(self, rows: Sequence[Row], source: Source) -> list[Written]:
+        """Return the text (of both parts) and the number of tokens of each row."""
+        texts = [(index, row) for index, row in enumerate(rows) if not is_token_ids(row.get("text"))]
+        if not texts:
+            return []
+        tokenizer = source.processor()
+        found = []
+        for index, row in texts:
+            parts = [text_of(row, role, index) for role in ("text", "text_pair") if role in row]
+            num_tokens = len(tokenizer(*parts, verbose=False)["input_ids"])
+            found.append(Written("\n".join(parts), num_tokens, self.max_length))
         return found
 
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:

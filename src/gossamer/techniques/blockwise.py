@@ -37,12 +37,12 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import Call, Output, hidden_states
-from gossamer.run.team import Team
+from gossamer.run.team import ALONE, Team
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, NUM_TRIED, CalibrationDtype, computing
-from gossamer.techniques.sweep_shared import Share, shared_codes, shared_tensors, summed
+from gossamer.techniques.sweep_shared import Share, share_of, shared_codes, shared_tensors, summed
 
 SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
@@ -111,6 +111,21 @@ class Block:
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
     replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def alone(
+        cls,
+        name: str,
+        module: nn.Module,
+        calls: Sequence[Call],
+        targets: Sequence[Output],
+        decisions: Mapping[str, Decision],
+        candidate: Candidate,
+    ) -> Block:
+        """Return a block that this process solves by itself, outside of a sweep."""
+        passes = lambda part: (call(module) for call in calls[part.start : part.stop])  # noqa: E731
+        share, owners = share_of(len(calls), ALONE), dict.fromkeys(decisions, 0)
+        return cls(name, module, calls, targets, decisions, decisions, candidate, passes, share, owners, ALONE)
 
     def moments(self) -> dict[str, Moments]:
         """Return the moments of each decided layer's input, by parameter, from one pass over the samples.

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 PANEL = 128  # rows of second_II that are added to at once
 
 

@@ -1,0 +1,230 @@
+"""What a forecast counts is what a real run leaves on the disk, and what does not fit is refused before it is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer import api
+from gossamer.errors import GoalError, RunError, TechniqueError
+from gossamer.goal import parse_goal
+from gossamer.measure.memory import resident_bytes
+from gossamer.plan import flow, forecast
+from gossamer.plan.candidates import Steps
+from gossamer.plan.forecast import Forecaster, artifact_bytes, check_forecast
+from gossamer.plan.job import Job
+from gossamer.plan.predict import Tables
+from gossamer.plan.rates import Rates, measured_rates
+from gossamer.plan.records import Forecast
+from gossamer.plan.search import Menu, too_long
+from gossamer.recipe import Recipe, Step
+from gossamer.run.journal import read_journal
+from gossamer.techniques.base import Technique
+from gossamer.techniques.quantize.calibrated import Gptq
+from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.registry import recipe_of, resolve
+
+pytestmark = pytest.mark.timeout(300)
+
+SWEEP: tuple[Technique, ...] = (
+    Gptq(bits=4, group_size=32, ignore=("classifier", "pooler")),
+    Quantize(targets=("embedding",)),
+)
+
+
+@pytest.fixture
+def rates(job: Job) -> Rates:
+    return measured_rates(job)
+
+
+def test_rates_are_measured_once_and_make_sense(job: Job, rates: Rates) -> None:
+    assert measured_rates(job) == rates
+    assert [entry["kind"] for entry in job.run.journal() if entry["event"] == "finished"].count("rates") == 1
+    assert 1e8 < rates.macs_per_second < 1e14
+    assert 0 < rates.open_seconds < 60
+    assert 0 < rates.pass_seconds < 1
+    assert rates.base_bytes == pytest.approx(resident_bytes(), rel=0.5)
+    hidden, classes, longest = 64, 3, max(batch.inputs["input_ids"].size for batch in job.evaluation)
+    assert rates.block_bytes == pytest.approx(4 * hidden)  # of one token between two blocks, float32
+    assert rates.output_bytes >= 4 * classes / longest
+
+
+def test_bytes_of_the_artifact_are_those_of_a_real_one(optimized: Any, job: Job) -> None:
+    for tried in optimized.result.tried:
+        settings = [Step(technique=name, settings=found) for entry in tried.recipe for name, found in entry.items()]
+        decisions = [d for step in resolve(Recipe(steps=tuple(settings))) for d in step.resolve(job.model)]
+        assert artifact_bytes(job, decisions) == pytest.approx(tried.measured.figures["size"].value, rel=0.03)
+
+
+def test_a_sweep_has_its_stages_and_costs_more_with_more_rows(job: Job, rates: Rates) -> None:
+    found = Forecaster(job, rates).of(SWEEP, covered=True)
+    assert [stage.name for stage in found.stages] == [
+        "open", "original", "observe", "solve", "pass on", "round", "compare", "write", "prove", "publish",
+    ]  # fmt: skip
+    assert found.memory_bytes == max(stage.memory_bytes for stage in found.stages)
+    assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages), abs=0.1)
+    assert len(found.coverage) == len(job.model.layers)
+    assert found.refusal == ""
+    fewer = Forecaster(replace(job, calibration=job.calibration[:8]), rates).of(SWEEP)
+    seconds = {stage.name: stage.seconds for stage in found.stages}
+    for stage in fewer.stages:
+        assert stage.seconds <= seconds[stage.name]
+    assert fewer.disk_bytes < found.disk_bytes
+    plain = Forecaster(job, rates).of((Quantize(),))
+    assert not {"observe", "solve", "pass on"} & {stage.name for stage in plain.stages}
+    assert plain.memory_bytes <= found.memory_bytes
+
+
+def test_the_run_folder_holds_about_what_was_forecast(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any], job: Job, rates: Rates
+) -> None:
+    out = tmp_path / "build"
+    expected = Forecaster(job, rates, where=out).of(SWEEP)
+    result = api.apply(recipe_of(SWEEP), tiny / "model", **ask(tiny, runtime="torch", out=out))
+    held = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    # json that describes steps is not counted, nor the samples that are gone again
+    assert 0.7 * expected.disk_bytes < held < 1.3 * expected.disk_bytes + 200_000
+    found = result.tried[0].forecast
+    assert found is not None
+    assert found.disk_bytes == pytest.approx(expected.disk_bytes, rel=0.01)
+    again = api.apply(recipe_of(SWEEP), tiny / "model", **ask(tiny, runtime="torch", out=out)).tried[0].forecast
+    assert again is not None
+    assert again.disk_bytes < 0.4 * found.disk_bytes  # what is there need not be made
+    assert not {"original", "observe", "solve"} & {stage.name for stage in again.stages}
+    assert again.seconds < found.seconds
+
+
+def started(out: Path) -> set[str]:
+    """Return the kinds of steps that a run has begun."""
+    return {entry["kind"] for entry in read_journal(out / "journal.jsonl") if entry["event"] == "started"}
+
+
+def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Let the disk have so many bytes free, as forecasts see it."""
+    usage = forecast.shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: usage)
+
+
+def test_apply_refuses_what_the_disk_cannot_hold_before_anything_is_made(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, 100_000)
+    with pytest.raises(RunError, match=r"needs about .* under .*build; 100 kB are free") as caught:
+        api.apply(recipe_of(SWEEP), tiny / "model", **ask(tiny, runtime="torch", out=tmp_path / "build"))
+    assert "--out" in caught.value.hint
+    assert started(tmp_path / "build") == {"rates"}
+
+
+def test_what_memory_cannot_hold_whole_is_read_piece_by_piece(job: Job, rates: Rates) -> None:
+    whole = Forecaster(job, rates).of(SWEEP)
+    tight = replace(job, memory=whole.memory_bytes - 1)
+    chosen, found = flow.fitting(tight, None, SWEEP)
+    assert chosen.budget is not None
+    assert found.streamed
+    assert found.memory_bytes < whole.memory_bytes
+    assert flow.fitting(replace(job, memory=1 << 40), None, SWEEP)[0].budget is None
+    # a latency can only be measured of a model that is opened whole
+    assert flow.fitting(tight, parse_goal("latency <= 50%"), SWEEP)[0].budget is None
+
+
+def test_memory_that_holds_neither_is_refused_with_both_numbers(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any]
+) -> None:
+    given = ask(tiny, runtime="torch", out=tmp_path / "build", memory=resident_bytes() // 2)
+    with pytest.raises(TechniqueError, match=r"needs about \d+\.\d GiB .*\d+\.\d GiB may be used") as caught:
+        api.apply(recipe_of(SWEEP), tiny / "model", **given)
+    assert "--memory" in caught.value.hint
+
+
+def test_check_forecast_says_nothing_of_what_fits(job: Job, rates: Rates) -> None:
+    check_forecast(Forecaster(job, rates).of(SWEEP), "gptq")
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_a_recipe_is_planned_without_measuring_quality(tiny: Path, tmp_path: Path, ask: Callable[..., Any]) -> None:
+    out = tmp_path / "build"
+    plan = api.plan(tiny / "model", **ask(tiny, recipe=recipe_of(SWEEP), runtime="torch", out=out))
+    assert plan.original is None
+    (one,) = plan.candidates
+    assert one.forecast is not None
+    assert one.forecast.coverage
+    assert one.predicted.size_bytes > 0
+    assert started(out) <= {"rates", "gain"}
+    assert any("calibration" in sentence for sentence in plan.calibration)
+    # apply with the same arguments goes on in the same folder
+    result = api.apply(recipe_of(SWEEP), tiny / "model", **ask(tiny, runtime="torch", out=out))
+    assert result.verdict == "PASS"
+
+
+def test_a_plan_says_what_the_most_promising_take(optimized: Any) -> None:
+    first = optimized.plan.candidates[0]
+    assert first.forecast is not None
+    assert first.forecast.coverage
+    assert first.predicted.seconds == first.forecast.seconds
+    assert all(one.forecast is not None and not one.forecast.coverage for one in optimized.plan.candidates[3:])
+
+
+def test_a_plan_marks_what_takes_longer_than_there_is_time(tiny: Path, ask: Callable[..., Any]) -> None:
+    plan = api.plan(tiny / "model", **ask(tiny, recipe=recipe_of(SWEEP), runtime="torch", time_budget=1.0))
+    assert plan.candidates[0].rejected.startswith("it is predicted to take ")
+    assert plan.candidates[0].rejected.endswith("; 1 s are left")
+
+
+def test_a_plan_wants_a_goal_or_a_recipe(tiny: Path, ask: Callable[..., Any]) -> None:
+    with pytest.raises(GoalError, match="a goal or a recipe"):
+        api.plan(tiny / "model", **ask(tiny))
+
+
+# ---------------------------------------------------------------- optimize
+
+
+def test_optimize_leaves_out_what_does_not_fit_and_says_why(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Forecaster.of
+
+    def of(self: Forecaster, steps: Any, **more: Any) -> Forecast:
+        found = real(self, steps, **more)
+        needs_rows = any(step.rows_needed() for step in steps)
+        return found.model_copy(update={"refusal": "needs more than there is"}) if needs_rows else found
+
+    monkeypatch.setattr(Forecaster, "of", of)
+    given = ask(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=tmp_path / "build")
+    given["calibration_rows"] = 40  # enough for gptq to be proposed
+    result = api.optimize(tiny / "model", **given, max_candidates=1)
+    assert result.tried
+    assert not any("gptq" in tried.name for tried in result.tried)
+    assert "block" not in started(tmp_path / "build")  # nothing was spent on them
+
+
+def test_a_search_without_time_begins_nothing_and_names_the_time(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any]
+) -> None:
+    given = ask(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=tmp_path / "build")
+    result = api.optimize(tiny / "model", **given, time_budget=0.5)
+    assert (result.verdict, result.tried, result.artifact) == ("FAIL", (), None)
+    assert "is predicted to take" in result.reason
+    assert "0 s are left" in result.reason
+    assert all(one.rejected for one in result.not_tried)
+    assert api.report(tmp_path / "build").exists()
+
+
+def test_the_menu_asks_before_it_profiles(job: Job, tables: Tables) -> None:
+    recipes: list[Steps] = [(Quantize(),), (Quantize(bits=7),)]
+    real, goal = replace(tables, model=job.model), parse_goal("quality >= 1%")
+    menu = Menu(job, goal, real, recipes, lambda _: "is too much")
+    assert not menu.next_wave()
+    assert menu.left_out == dict.fromkeys(recipes, "is too much")
+    assert menu.open == []
+
+
+def test_too_long() -> None:
+    assert too_long(10.0, 10.0) == ""
+    assert too_long(61.4, 60.0) == "is predicted to take 61 s; 60 s are left"
+    assert too_long(5.0, -3.0) == "is predicted to take 5 s; 0 s are left"
