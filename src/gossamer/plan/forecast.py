@@ -132,7 +132,11 @@ class Forecaster:
             if isinstance(step, BlockTechnique):
                 self._add_sweep(step, applied, costs, own + codes)
             else:
-                costs.add("round", own + codes + largest, weights * ROUNDING_MACS / rates.macs_per_second)
+                passes = step.model_passes(len(job.calibration))
+                values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
+                working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
+                seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * rates.pass_seconds
+                costs.add("round", own + codes + working, seconds)
             codes += weights if whole else 0
         batches = min(len(job.evaluation), NUM_CHECKED_BATCHES if whole else NUM_STREAMED_BATCHES)
         values = batches * values_of(job.evaluation) / len(job.evaluation)

@@ -132,6 +132,11 @@ class Technique(BaseModel, ABC):
         """
         return VALUE_BYTES * max((layer.num_parameters for layer in model.layers), default=0)
 
+    def model_passes(self, num_samples: int) -> float:
+        """Return how many passes of one sample through the whole model `apply` takes; forward and back counts 3."""
+        del num_samples
+        return 0.0
+
     @classmethod
     def domain(cls, setting: str) -> list[Any]:
         """Return the values of a setting that the planner may try: its declared domain, or only its default."""

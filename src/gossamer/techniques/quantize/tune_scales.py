@@ -30,6 +30,7 @@ from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, computing
 
 MIN_SAMPLES = 8
 HELD_BACK = 8  # every so many-th sample only judges
+BACKWARD = 3  # passes that one forward and back takes
 SAVED_STEPS = 8  # so many steps are lost at most when a run is killed
 FACTORS = "factors.safetensors"
 
@@ -58,6 +59,16 @@ class TuneScales(Technique):
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return nothing: what is rounded, and how, other steps decided."""
         return []
+
+    def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
+        """Return the bytes of the original, and of the gradients, beside the candidate."""
+        return 2 * 4 * model.num_parameters
+
+    def model_passes(self, num_samples: int) -> float:
+        """Return the passes of the steps, and of judging before and after."""
+        count = min(self.samples, num_samples)
+        judged = count // HELD_BACK
+        return self.epochs * (count - judged) * (1 + BACKWARD) + 2 * judged * 2
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with other scales, or as it was where the samples held back are not nearer with them."""
