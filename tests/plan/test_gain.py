@@ -9,6 +9,7 @@ import torch
 
 from gossamer.plan.gain import expected_share, gain_of_twice, in_words
 from gossamer.plan.job import Job, tensors_of
+from gossamer.tasks.base import Batch
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 
@@ -26,16 +27,16 @@ def test_more_rows_never_seem_to_harm() -> None:
     assert expected_share(1.0, 1.1) == 0.0
 
 
+def with_rows(job: Job, calibration: tuple[Batch, ...], name: str) -> Job:
+    return replace(job, calibration=calibration, prints={**job.prints, "calibration": name})
+
+
 def test_few_rows_gain_more_than_many_and_the_model_is_left_as_it_was(job: Job) -> None:
     step = Gptq(bits=3, group_size=32, targets=("q", "k", "v", "o", "up", "down"))
     candidate, sample = job.candidate(), tensors_of(job.calibration[0].inputs)
     before = job.source.forward(candidate.module, sample, job.task.output)
-    few = gain_of_twice(
-        replace(job, calibration=job.calibration[:16], prints={**job.prints, "calibration": "few"}), [step]
-    )
-    many = gain_of_twice(
-        replace(job, calibration=job.calibration * 4, prints={**job.prints, "calibration": "4"}), [step]
-    )
+    few = gain_of_twice(with_rows(job, job.calibration[:16], "few"), [step])
+    many = gain_of_twice(with_rows(job, job.calibration * 4, "many"), [step])
     assert few is not None
     assert many is not None
     assert 0 < few < 1
