@@ -1,13 +1,13 @@
-"""Checks on calibration rows: silent on real pages of this repository, and each mistake that is put in is found.
+"""Checks on calibration rows: silent on real rows, and each mistake that is put in is found.
 
-The foreign rows are articles of the Universal Declaration of Human Rights and the Chinese README; the tokenizer is a
-byte-pair encoding learned from the English pages, as a model's is learned from what it was trained on.
+The good rows are passages of speeches (examples/era), the foreign ones articles of the Universal Declaration of Human
+Rights; the tokenizer is a byte-pair encoding learned from English, as a model's is learned from what it was trained on.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gossamer.data.checks import Text, check_texts, foreign_rows, is_constant, scripts
 from gossamer.errors import DataError
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 64
 
 
@@ -49,6 +48,13 @@ RUSSIAN = as_rows("""
 свободами, провозглашенными настоящей Декларацией, без какого бы то ни было различия, как-то в отношении расы,
 цвета кожи.
 """)
+CHINESE = as_rows("""
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。人人有资格享有本宣言所载的一切权利和自由。
+
+人人有权工作、自由选择职业、享受公正和合适的工作条件并享受免于失业的保障。人人有同工同酬的权利，不受任何歧视。
+
+人人有受教育的权利，教育应当免费，至少在初级和基本阶段应如此。初级教育应属义务性质。技术和职业教育应普遍设立。
+""")
 ENGLISH = as_rows("""
 All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and
 should act towards one another in a spirit of brotherhood. Everyone is entitled to all the rights and freedoms
@@ -57,19 +63,13 @@ other opinion.
 """)
 
 
-def paragraphs(*pages: Path) -> list[str]:
-    """Return the paragraphs of some pages that are long enough to say something, without code and tables."""
-    text = "\n\n".join(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in pages)
-    return [part.strip() for part in text.split("\n\n") if len(part) > 150 and not part.lstrip().startswith("|")]
-
-
 @pytest.fixture(scope="module")
 def english() -> list[str]:
-    """Give the paragraphs of the documentation, in an order of no meaning."""
-    found = paragraphs(*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+    """Give passages of speeches, in an order of no meaning."""
+    lines = (Path(__file__).parents[2] / "examples" / "era" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line)["text"] for line in lines]
     random.Random(0).shuffle(found)
-    assert len(found) > 70
-    return found
+    return found[:240]
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +115,12 @@ def test_rows_of_another_language_are_found_among_english_ones(
 def test_chinese_rows_are_found_among_english_ones_and_the_other_way_round(
     english: list[str], written: Callable[..., list[Text]]
 ) -> None:
-    page = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-    chinese = [part for part in page.split("\n\n") if sum("一" <= letter <= "鿿" for letter in part) > 40]
-    assert len(chinese) >= 4
-    mixed = written([*english[:10], *chinese])
+    mixed = written([*english[:10], *CHINESE])
     says = next(found for found in check_texts(mixed, written(english[40:]), 10_000) if found.kind == "language")
-    assert (says.count, says.of, says.first[0]) == (len(chinese), len(mixed), "row 11")
-    assert says.says.startswith(f"{len(chinese)} of {len(mixed)} calibration rows are in another script or language")
-    turned = foreign_rows(written([*chinese[:2], *english[:3]]), written(chinese[2:]))
-    assert turned[-3:] == [True] * 3
-    assert not any(turned[:2])
+    assert (says.count, says.of, says.first[0]) == (len(CHINESE), len(mixed), "row 11")
+    assert says.says.startswith(f"{len(CHINESE)} of {len(mixed)} calibration rows are in another script or language")
+    turned = foreign_rows(written([*CHINESE, *english[:3]]), written(CHINESE))
+    assert turned == [False] * len(CHINESE) + [True] * 3
 
 
 def test_rows_that_judge_in_two_languages_make_neither_foreign(

@@ -31,7 +31,7 @@ from gossamer.techniques.registry import recipe_of, resolve
 pytestmark = pytest.mark.timeout(300)
 
 SWEEP: tuple[Technique, ...] = (
-    Gptq(bits=4, group_size=32, ignore=("classifier", "pooler")),
+    Gptq(bits=4, group_size=32, ignore=("classifier",)),
     Quantize(targets=("embedding",)),
 )
 

@@ -46,6 +46,8 @@ def show_run(screen: Screen, result: RunResult, report: Path | None) -> None:
         rows.append(("report", str(report)))
     rows.append(("proved on", ", ".join(f"{count} rows for {use}" for use, count in result.rows.items())))
     rows.append(("took", show_duration(result.seconds)))
+    if chosen is not None and chosen.forecast is not None:
+        rows.append(("predicted", show_duration(chosen.forecast.seconds)))
     screen.pairs(rows)
     if result.load_snippet and result.artifact:
         screen.heading("load it")

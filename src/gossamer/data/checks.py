@@ -7,7 +7,7 @@
     language     rows in another script, or in other words, than those that quality is judged on
 
 The language of a row is not guessed: it is compared with the judging rows themselves. A script (read from the Unicode
-name of each letter) is foreign when they hardly use it. Within a script a row is foreign when both
+name of each letter) is foreign when they hardly use it. Among those of its own script a row is foreign when both
     - few of its words are among the judging rows' FREQUENT most frequent ones (in any language these are a third to a
       half of a text, and hardly any of them are shared between two languages), and
     - it takes clearly more or fewer tokens a character than they do, as the tokenizer was made for one of the two.
@@ -36,7 +36,7 @@ FOREIGN_SHARE = 0.01  # of the judging rows' letters: a script below it is forei
 MIN_LETTERS, MIN_WORDS, MIN_BYTES = 20, 30, 400  # a row of less says too little
 READ = 20_000  # characters of a row that are looked at
 FREQUENT = 100
-FEWER_WORDS, OTHER_TOKENS = 0.5, 1.15  # of the judging rows' median; the latter as a factor either way
+FEWER_WORDS, OTHER_TOKENS = 0.35, 1.15  # of the judging rows' median; the latter as a factor either way
 NUM_NAMED = 3
 
 
@@ -69,14 +69,22 @@ class Finding:
 def finding(kind: str, level: str, places: Sequence[str], of: int, what: str, remedy: str = "") -> Finding:
     """Return a finding whose sentence counts the rows and names the first.
 
-    >>> finding("empty", "warning", ["a.csv, line 3"], 9, "are empty").says
-    '1 of 9 calibration rows are empty (a.csv, line 3)'
+    >>> finding("empty", "warning", ["a.csv, line 13", "a.csv, line 3"], 9, "are empty").says
+    '2 of 9 calibration rows are empty (a.csv, line 3, line 13)'
     """
-    first = tuple(places[:NUM_NAMED])
+    first = tuple(sorted(places, key=_numbers)[:NUM_NAMED])
+    files = {place.rpartition(", ")[0] for place in first}
+    named = [first[0], *(place.rpartition(", ")[2] for place in first[1:])] if len(files) == 1 else list(first)
     more = ", ..." if len(places) > NUM_NAMED else ""
-    says = f"{len(places)} of {of} calibration rows {what} ({', '.join(first)}{more})"
+    says = f"{len(places)} of {of} calibration rows {what} ({', '.join(named)}{more})"
     says += f": {remedy}" if remedy else ""
     return Finding(kind, level, len(places), of, first, says)  # type: ignore[arg-type]
+
+
+def _numbers(place: str) -> tuple[str, int]:
+    """Return a place's words and its number, to sort by: line 9 stands before line 10."""
+    words, _, number = place.rpartition(" ")
+    return (words, int(number)) if number.isdigit() else (place, 0)
 
 
 def check_texts(rows: Sequence[Text], judging: Sequence[Text], used_tokens: int) -> list[Finding]:
@@ -154,8 +162,21 @@ def foreign_rows(rows: Sequence[Text], judging: Sequence[Text]) -> list[bool]:
     if not letters:
         return [False] * len(rows)
     familiar = {script for script, count in usual.items() if count >= FOREIGN_SHARE * letters}
-    words = _Words(judging)
-    return [_in_other_script(row.text, familiar) or words.foreign(row) for row in rows]
+    by_script: dict[str, list[Text]] = {}
+    for row in judging:
+        by_script.setdefault(_main_script(row.text), []).append(row)
+    words = {script: _Words(alike) for script, alike in by_script.items()}
+
+    def foreign(row: Text) -> bool:
+        script = _main_script(row.text)
+        return _in_other_script(row.text, familiar) or (script in words and words[script].foreign(row))
+
+    return [foreign(row) for row in rows]
+
+
+def _main_script(text: str) -> str:
+    """Return the script of most letters of a text; empty where it has none."""
+    return next((script for script, _ in scripts(text).most_common(1)), "")
 
 
 def _in_other_script(text: str, familiar: set[str]) -> bool:

@@ -11,6 +11,7 @@ multiplications are taken off is the reading.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -175,14 +176,14 @@ def multiplications_per_second() -> float:
 
 
 def bytes_per_second(folder: Path) -> float:
-    """Return how many bytes are written in a folder in a second, flushed to disk."""
-    path, content = folder / "written", os.urandom(1 << 20)
+    """Return how many bytes a second are written in a folder, flushed to disk; where little fits little is written."""
+    count = min(WRITTEN_BYTES, shutil.disk_usage(folder).free // 8)
+    path, content = folder / "written", os.urandom(max(1, count))
     began = time.perf_counter()
     with path.open("wb") as file:
-        for _ in range(WRITTEN_BYTES >> 20):
-            file.write(content)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     seconds = time.perf_counter() - began
     path.unlink()
-    return WRITTEN_BYTES / seconds
+    return len(content) / seconds
