@@ -80,6 +80,16 @@ def test_a_missing_tensor_and_one_rounded_unasked_are_named(job: Job) -> None:
     assert wrong(unasked) == ["bert.embeddings.position_embeddings.weight"]
 
 
+def test_a_step_that_changed_values_only_does_not_hide_the_one_that_rounds(job: Job) -> None:
+    built, stored = built_and_stored(job)
+    decisions = built.value["decisions"]
+    smoothed = [{**decision, "weight": None, "activation": ""} for decision in decisions]
+    rows = compare_tensors(job, [*smoothed, *decisions], stored)
+    assert rows == compare_tensors(job, decisions, stored)
+    doctored = [replace(tensor, bits=8) if tensor.name == DOCTORED else tensor for tensor in stored]
+    assert not all(row.agrees for row in compare_tensors(job, [*smoothed, *decisions], doctored))
+
+
 def check_arrays(job: Job, changed: float) -> Arrays:
     """Return three held-out batches with the original's outputs, and as the decided ones those plus `changed`."""
     run = InMemory(job.source, job.source.module(job.task), "logits")

@@ -209,6 +209,8 @@ def compare_tensors(
     asked: dict[str, dict[str, Any]] = {}
     for decision in decisions:
         kept = asked.setdefault(decision["parameter"], dict(decision))
+        if decision["weight"]:  # a step before it may have changed values only
+            kept |= {"weight": decision["weight"], "activation": decision["activation"]}
         if decision["dtype"] and not kept["weight"]:
             kept["dtype"] = decision["dtype"]
     rows = []
