@@ -7,6 +7,9 @@ For every linear layer of a few blocks, one round-to-nearest with each grid, and
 
 The table gives their means over layers. `hqq as published` keeps a float zero point for each group, which our files do
 not hold: it says what integers cost. Ratios to `mse` are paired by layer, with a 95 % interval over layers.
+
+With `--gptq` weights are solved as the technique `gptq` does it (grids chosen by `mse`, two passes of descent, scales
+refitted), and ratios are to int4 in groups of 64.
 """
 
 from __future__ import annotations
@@ -26,21 +29,38 @@ from gossamer.measure.machine import usable_cores
 from gossamer.models.levels import FORMATS
 from gossamer.models.quantized import QuantSpec
 from gossamer.techniques.blockwise import observe
+from gossamer.techniques.quantize.descend import descend
+from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch, minmax_grid, quantize_weight
 from gossamer.techniques.quantize.hqq import BETA, KAPPA, ROUNDS, shrink
+from gossamer.techniques.quantize.refit import refit_scales
 
-Round = Callable[[Tensor], Tensor]
+Round = Callable[[Tensor, Tensor], Tensor]  # (weight, second moments) -> rounded weight
+BASE = "int4 group 64 gptq"
 
 
 def rounded(spec: QuantSpec, scale: ScaleSearch) -> Round:
     """Return what rounds a weight to a grid and back."""
-    return lambda weight: quantize_weight(weight, spec, scale=scale).dequantize()
+    return lambda weight, _: quantize_weight(weight, spec, scale=scale).dequantize()
+
+
+def solved(spec: QuantSpec) -> Round:
+    """Return what the technique `gptq` makes of a weight."""
+
+    def made(weight: Tensor, second_II: Tensor) -> Tensor:
+        codes = refit_scales(weight, second_II, gptq(weight, second_II, spec))
+        for _ in range(2):
+            codes = refit_scales(weight, second_II, descend(weight, second_II, codes))
+        return codes.dequantize()
+
+    return made
 
 
 def as_published(spec: QuantSpec) -> Round:
     """Return HQQ with a float zero point and the scale left alone, the constants counted in weights as released."""
 
-    def made(weight: Tensor) -> Tensor:
+    def made(weight: Tensor, second_II: Tensor) -> Tensor:
+        del second_II
         groups = weight.reshape(-1, spec.group_size or weight.shape[1])
         scale, zero = minmax_grid(groups, spec)
         beta, best, least = BETA, zero, float("inf")
@@ -58,9 +78,16 @@ def as_published(spec: QuantSpec) -> Round:
     return made
 
 
-def grids() -> dict[str, Round]:
+def grids(with_gptq: bool) -> dict[str, Round]:
     """Return every grid by the name of its row."""
     found: dict[str, Round] = {}
+    if with_gptq:
+        for group in (64, 32):
+            found[f"int4 group {group} gptq"] = solved(QuantSpec(bits=4, symmetric=False, group_size=group))
+        for name, form in FORMATS.items():
+            spec = QuantSpec(bits=form.bits, group_size=form.usual_group_size, format=name)
+            found[f"{spec} gptq"] = solved(spec)
+        return found
     for bits in (4, 3, 2):
         spec = QuantSpec(bits=bits, symmetric=False, group_size=64)
         for scale in ("minmax", "mse", "hqq"):
@@ -103,6 +130,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 9, 19, 29])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--gptq", action="store_true", help="solve with the moments instead of rounding")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=FILE)
     arguments = parser.parse_args()
@@ -120,27 +148,31 @@ def main() -> None:
 
     with torch.no_grad():
         moments = observe(layers, passes())
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in grids()}
+        made_by = grids(arguments.gptq)
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in made_by}
         for name, layer in layers.items():
-            for grid, made in grids().items():
-                weight = layer.weight.detach()
-                found[grid].append(errors(weight, made(weight), moments[name].second_II))
-    body = table(("grid", "weights %", "outputs %", "outputs, of mse"), [row(grid, found) for grid in found])
-    title = f"Weight grids on {len(layers)} layers of {arguments.model.name}, rounded to nearest"
+            for grid, made in made_by.items():
+                weight, second_II = layer.weight.detach(), moments[name].second_II
+                found[grid].append(errors(weight, made(weight, second_II), second_II))
+    base = BASE if arguments.gptq else "mse"
+    body = table(("grid", "weights %", "outputs %", f"outputs, of {base}"), [row(grid, found) for grid in found])
+    how = "solved by GPTQ" if arguments.gptq else "rounded to nearest"
+    title = f"Weight grids on {len(layers)} layers of {arguments.model.name}, {how}"
     print(body)
     seconds = time.monotonic() - began
-    key = f"grids {arguments.model.name}"
+    key = f"grids {arguments.model.name}{' gptq' if arguments.gptq else ''}"
     write_section(key, title, body, threads=arguments.threads, seconds=seconds, file=arguments.out)
 
 
 def row(grid: str, found: dict[str, list[tuple[float, float]]]) -> tuple[str, str, str, str]:
-    """Return a grid's line of the table; its ratio is to the grid of the same name with `mse`."""
+    """Return a grid's line of the table; its ratio is to the grid of the same name with `mse`, or to `BASE`."""
     here = torch.tensor(found[grid], dtype=torch.float64)
-    base = next(found[f"{grid.removesuffix(end)}mse"] for end in ENDS if grid.endswith(end))
+    compared = next((f"{grid.removesuffix(end)}mse" for end in ENDS if grid.endswith(end)), BASE)
+    base = found[compared]
     logs = (here[:, 1] / torch.tensor(base, dtype=torch.float64)[:, 1]).log()
     half = 1.96 * float(logs.std()) / len(logs) ** 0.5
     ratio, low, high = (float(torch.tensor(float(logs.mean()) + way).exp()) for way in (0, -half, half))
-    shown = "1" if grid.endswith("mse") else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+    shown = "1" if grid == compared else f"{ratio:.3f} ({low:.3f} to {high:.3f})"
     weights, outputs = here.mean(0).tolist()
     return grid, f"{weights:.3f}", f"{outputs:.3f}", shown
 

@@ -16,6 +16,7 @@ from gossamer.plan.proof import (
     CHECKED_VALUES,
     apply_steps,
     build_artifact,
+    check_artifact,
     compare_outputs,
     compare_tensors,
     refused_by,
@@ -205,6 +206,44 @@ def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
     assert reason.startswith("bert.encoder.layer.0.attention.self.query: ")
     assert "not one per token" in reason
     assert refused_by(get_runtime("onnxruntime"), Quantize(activations="dynamic").resolve(job.model)) is None
+
+
+def test_four_bit_floats_are_held_beside_bf16_only(job: Job) -> None:
+    codes = Quantize(format="nvfp4", ignore=("classifier",)).resolve(job.model)
+    reason = refused_by(get_runtime("torch"), codes)
+    assert reason is not None
+    assert "cast: {dtype: bf16}" in reason
+    assert refused_by(get_runtime("torch"), [*codes, *Cast(dtype="bf16").resolve(job.model)]) is None
+    assert refused_by(get_runtime("torch"), [*codes, *Cast(dtype="fp16").resolve(job.model)]) is not None
+    assert refused_by(get_runtime("onnxruntime"), codes) is None
+    assert "no place for nf4" in str(refused_by(get_runtime("torch"), Quantize(format="nf4").resolve(job.model)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(Quantize(format="fp8"),), (Quantize(format="mxfp4"), Cast())], ids=["fp8", "mxfp4"])
+def test_other_formats_are_read_back_as_asked(job: Job, steps: tuple[Quantize, ...]) -> None:
+    built = build_artifact(job, steps)
+    stored = job.runtime.stored_tensors(built.folder / "artifact")
+    rows = compare_tensors(job, built.value["decisions"], stored)
+    assert all(row.agrees for row in rows)
+    query = next(row for row in rows if row.parameter == DOCTORED)
+    assert query.asked == query.found == ("fp8 per channel" if len(steps) == 1 else "mxfp4 group 32")
+    integers = [replace(tensor, dtype="int8") if tensor.name == DOCTORED else tensor for tensor in stored]
+    wrong = compare_tensors(job, built.value["decisions"], integers)
+    assert [row.parameter for row in wrong if not row.agrees] == [DOCTORED]
+    found, inputs = check_artifact(job, built), predicted_size(job, steps)
+    assert found[0].passed
+    assert inputs == sum(row.bytes for row in rows)
+
+
+def predicted_size(job: Job, steps: tuple[Quantize, ...]) -> int:
+    """Return what the runtime predicts of the layers' bytes."""
+    decided = {d.parameter: d.weight for step in steps for d in step.resolve(job.model) if d.weight is not None}
+    dtype_bytes = 4 if len(steps) == 1 else 2
+    return sum(
+        job.runtime.stored_bytes(layer.role, layer.shape, decided.get(f"{layer.name}.weight"), dtype_bytes)
+        for layer in job.model.layers
+    )
 
 
 def test_only_so_many_rows_of_a_large_output_are_kept() -> None:

@@ -316,6 +316,7 @@ def on_disk(folder: Path, run: Run | None = None, *, streamed: bool) -> tuple[Ca
 
 
 STEPS = [Gptq(bits=4, group_size=16), Quantize(targets=("embedding",)), Cast(dtype="bf16")]
+FLOATS = [Gptq(format="nvfp4"), Quantize(format="fp8", targets=("embedding",)), Cast(dtype="bf16")]
 SCALED = [Smooth(), Awq(bits=3, group_size=16), Cast(dtype="bf16")]
 
 
@@ -328,7 +329,7 @@ def carried_out(
 
 
 @pytest.mark.parametrize("remembered", [False, True])
-@pytest.mark.parametrize("steps", [STEPS, SCALED], ids=["gptq", "awq"])
+@pytest.mark.parametrize("steps", [STEPS, FLOATS, SCALED], ids=["gptq", "nvfp4", "awq"])
 def test_a_model_that_is_read_piece_by_piece_gets_the_same_codes(
     tmp_path: Path, steps: Sequence[Technique], remembered: bool
 ) -> None:

@@ -104,9 +104,9 @@ class QuantSpec(BaseModel):
         return (codes if zero is None else codes.add_(zero)).clamp_(self.low, self.high)
 
     def steps(self, codes: Tensor) -> Tensor:
-        """Return what codes stand for in units of the scale: integers are themselves, their zero point still in."""
+        """Return what codes stand for in units of the scale, float32; the zero point of integers is still in."""
         form = self.number_format
-        return codes if form is None else form.codebook.values(codes)
+        return codes.float() if form is None else form.codebook.values(codes)
 
     def __str__(self) -> str:
         scope = f"group {self.group_size}" if self.group_size else "per channel"
@@ -194,7 +194,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """Return the float32 values in the parameter's own shape."""
-        codes_OGg = self.spec.steps(self.codes.float()).reshape(-1, self.num_groups, self.group_size)
+        codes_OGg = self.spec.steps(self.codes).reshape(-1, self.num_groups, self.group_size)
         if self.zero_point is not None:
             codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
         values_OI = (codes_OGg * self.scale.float().unsqueeze(-1)).flatten(1)

@@ -139,7 +139,7 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
 def _store_levels(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> None:
     codes_OI, spec = quantized.codes.cpu(), quantized.spec
     if spec.format == "fp8":
-        _add(graph, f"{name}.codes", spec.steps(codes_OI.float()).numpy(), "FLOAT8E4M3FN")  # exact: they are its levels
+        _add(graph, f"{name}.codes", spec.steps(codes_OI).numpy(), "FLOAT8E4M3FN")  # exact: they are its levels
         return
     places_OI = (codes_OI.numpy().astype(np.int16) - spec.low).astype(np.uint8)
     if layout.kind == "bnb4":

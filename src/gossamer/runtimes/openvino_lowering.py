@@ -8,7 +8,8 @@ which is the pattern that the CPU plugin keeps compressed in memory for MatMul a
 runs in integers. Symmetric codes are stored signed (i4, i8), asymmetric ones unsigned (u4, u8: codes and zero points
 both moved up by 2^(c-1) for a container of c bits). Containers are 4 bits wide for codes of up to 4 bits, else 8.
 
-Codes that are no integers (`models/levels.py`) have types of their own: f8e4m3, f4e2m1 (MXFP4, NVFP4) and nf4.
+Codes that are no integers (`models/levels.py`) have types of their own: f8e4m3, f4e2m1 (MXFP4, NVFP4) and nf4. The
+plugin of 2026.4 keeps the 4-bit ones compressed as well, and multiplies f8e4m3 out to float32 when it compiles.
 
 A static input grid becomes FakeQuantize with 256 levels whose range is the grid's own: from (low - z) * s to
 (high - z) * s for codes low..high, so that rounding falls on the same points.

@@ -46,7 +46,7 @@ def refit_scales(weight_OI: Tensor, second_II: Tensor, start: Quantized) -> Quan
         here = slice(first, first + step)
         zero_RG = None if start.zero_point is None else start.zero_point[here]
         scale_RG = start.scale[here].float()
-        steps_RI = start.spec.steps(start.codes[here].float())
+        steps_RI = start.spec.steps(start.codes[here])
         found_RG = _refit_rows(weight_OI[here].float(), second_II, steps_RI, scale_RG, zero_RG, hold)
         scale_OG[here] = found_RG.to(scale_OG.dtype)
     return replace(start, scale=scale_OG)
