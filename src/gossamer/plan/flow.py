@@ -114,7 +114,7 @@ def apply_run(inputs: Inputs, recipe: Recipe, goal: Goal | None, out: Path, *, f
             )
         check_measurable(job, goal)
         check_fits(job, steps)
-        refusal = refused_by(job.runtime, decisions)
+        refusal = refused_by(job.runtime, job.model, decisions)
         if refusal is not None:
             raise RuntimeUnavailable(
                 f"{job.runtime.name} cannot hold the recipe: {refusal}",
@@ -175,7 +175,15 @@ def _float_bytes(job: Job) -> dict[str, int]:
 def _recipes(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
     """Return every technique's own proposals, and those whose widths are chosen for this goal."""
     space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
-    return [*recipes(space), *mixed_recipes(job, goal, tables, space)]
+    found = [*recipes(space), *mixed_recipes(job, goal, tables, space)]
+    if not job.model.experts:
+        return found
+
+    def held(steps: Steps) -> bool:
+        decisions = [decision for step in steps for decision in step.resolve(job.model)]
+        return refused_by(job.runtime, job.model, decisions) is None
+
+    return list(filter(held, found))
 
 
 def _proof_seconds(job: Job) -> float:

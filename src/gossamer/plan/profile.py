@@ -75,7 +75,7 @@ def input_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     module = job.candidate().module
     with ExitStack() as stack:
         for layer in job.model.layers:
-            if layer.kind in ("linear", "conv"):
+            if layer.kind in ("linear", "conv") and layer.experts is None:  # experts see what the router sends them
 
                 def note(_: nn.Module, inputs: tuple[Any, ...], name: str = layer.name) -> None:
                     shapes[name] = tuple(inputs[0].shape)

@@ -19,6 +19,7 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
@@ -62,7 +63,8 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
             seed=job.seed,
             versions=dict(package_versions()),
         )
-        return {"decisions": [_decision_json(decision) for decision in decisions]}
+        experts = [{"name": name, **found} for name, found in candidate.routed.items()]
+        return {"decisions": [_decision_json(decision) for decision in decisions], "experts": experts}
 
     inputs = job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed)
     return job.run.step("artifact", inputs, build)
@@ -379,10 +381,11 @@ def steps_recipe(steps: Sequence[Technique]) -> list[dict[str, Any]]:
     return [{step.technique: dict(step.settings)} for step in recipe_of(list(steps)).steps]
 
 
-def refused_by(runtime: Runtime, decisions: Sequence[Decision]) -> str | None:
-    """Return why the runtime cannot hold one of the decisions, naming the first, or None."""
+def refused_by(runtime: Runtime, model: ModelMap, decisions: Sequence[Decision]) -> str | None:
+    """Return why the runtime cannot hold one of the decisions, naming the first, or all of them together, or None."""
     for decision in decisions:
         reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)
         if reason is not None:
             return f"{decision.layer.name}: {reason}"
-    return None
+    chosen = {decision.layer.name: decision.weight for decision in decisions if decision.weight is not None}
+    return runtime.refusal_together(model, chosen)

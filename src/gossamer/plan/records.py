@@ -125,6 +125,14 @@ class Measured(Record):
     tensors: tuple[TensorRow, ...]
 
 
+class ExpertTokens(Record):
+    """Hold how many calibration tokens each expert of a block was sent, and the layers for which they were too few."""
+
+    name: str  # of what holds the experts
+    tokens: tuple[int, ...]
+    starved: tuple[str, ...] = ()  # each with its count, and what was done instead
+
+
 class Tried(Record):
     """Hold one candidate: its recipe, what was predicted, what was measured, and how the goal judged it."""
 
@@ -138,6 +146,7 @@ class Tried(Record):
     violation: float = float("inf")
     seconds: float = 0.0
     folder: str = ""  # of the artifact, relative to the run
+    experts: tuple[ExpertTokens, ...] = ()  # where a step calibrated them
 
 
 class Original(Record):

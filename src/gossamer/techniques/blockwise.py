@@ -41,11 +41,14 @@ from gossamer.models.walker import Call, Output, Stream, Walker, block_keys, hid
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
+from gossamer.techniques.routing import tokens_needed, tokens_of_experts, told
 from gossamer.techniques.sweep_memory import SweepMemory
 
 SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
-SHARED_INPUTS = frozenset(("k", "v", "up"))  # layers that read what another one (q, gate) reads: one set of moments
+SHARED_INPUTS = frozenset(
+    ("k", "v", "up", "expert_up")
+)  # layers that read what another one (q, gate) reads: one set of moments
 NUM_GATED = 4  # samples on which the error behind each block is measured
 GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples
 
@@ -107,6 +110,8 @@ class Block:
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
     replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
     notes: list[str] = field(default_factory=list)
+    routed: dict[str, list[int]] = field(default_factory=dict)  # what holds experts -> tokens that each was sent
+    starved: dict[str, str] = field(default_factory=dict)  # parameters of experts that saw too few -> how many
 
     def moments(self) -> dict[str, Moments]:
         """Return the moments of each decided layer's input, by parameter, from one pass over the samples.
@@ -115,7 +120,21 @@ class Block:
         """
         owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.decisions}
         with self.in_memory():
-            return observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+            found = observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
+        self.routed = tokens_of_experts([decision.layer for decision in self.decisions.values()], found)
+        return found
+
+    def enough(self, parameter: str, seen: Moments | None, otherwise: str) -> bool:
+        """Say whether a layer's moments can be used; where not, note what is done `otherwise`."""
+        layer, tokens = self.decisions[parameter].layer, 0 if seen is None else seen.num_tokens
+        needed = tokens_needed(layer)
+        if tokens >= needed:
+            return True
+        if layer.experts is None:
+            self.notes.append(f"{parameter} saw no calibration token and was {otherwise}")
+        else:
+            self.starved[parameter] = f"{layer.name}: {tokens} of {needed} tokens, {otherwise}"
+        return False
 
     def in_memory(self) -> AbstractContextManager[None]:
         """Keep the block's weights in memory while the `with` lasts (those of a whole model are never kept)."""
@@ -312,6 +331,7 @@ class Sweep:
         for stack, index in places[:passed]:
             remembered = self.memory.load(stack.name, index, self._block_at(stack, index, []))
             assert remembered is not None, f"{stack.name} {index} was passed, but its codes are gone"
+            self._note_experts(remembered)
         return passed
 
     def _block_at(self, stack: Stack, index: int, calls: Sequence[Call]) -> Block:
@@ -340,6 +360,8 @@ class Sweep:
             live.outputs = [call(block.module) for call in block.calls]
         plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
         notes = "".join(f"; {note}" for note in finding["notes"])
+        notes += told(finding["routed"], finding["starved"])
+        self._note_experts(finding)
         seconds = time.monotonic() - began
         self.context.progress.say(f"{block.name}: error {finding['error']:.2e}{plain}{notes}, {seconds:.1f} s")
 
@@ -362,6 +384,7 @@ class Sweep:
         if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):
             block.notes.append(f"{self.technique.name} gave {error:.2e}, so it was rounded plainly")
             block.restore_weights()
+            block.starved.clear()  # all are rounded like these now
             for parameter, codes in plain.items():
                 block.set_quantized(parameter, codes)
             error = plain_error
@@ -370,7 +393,14 @@ class Sweep:
                 f"the outputs of {block.name} are not finite after {self.technique.name}",
                 "the model overflows in float32: look at its weights with `gossamer inspect`",
             )
-        return {"error": error, "plain": plain_error, "notes": block.notes}
+        found = {"error": error, "plain": plain_error, "notes": block.notes}
+        return {**found, "routed": block.routed, "starved": block.starved}
+
+    def _note_experts(self, finding: Mapping[str, Any]) -> None:
+        """Hand on to the report how many tokens each expert of a block saw."""
+        for name, counts in finding["routed"].items():
+            starved = [words for words in finding["starved"].values() if words.startswith(f"{name}.")]
+            self.candidate.routed[name] = {"tokens": list(counts), "starved": starved}
 
     def _outside(self) -> dict[str, Decision]:
         return {parameter: d for parameter, d in self.decisions.items() if self.place[parameter][0] is None}

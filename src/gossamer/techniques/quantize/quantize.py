@@ -259,6 +259,11 @@ def _present_targets(model: ModelMap) -> tuple[str, ...]:
     return tuple(target for kind, target in (("linear", "linear"), ("conv", "convolution")) if kind in kinds)
 
 
+def needs_symmetry(space: SearchSpace) -> bool:
+    """Say whether the model's experts leave no place for zero points: no runtime that holds them has any."""
+    return any(experts.stacked for experts in space.model.experts)
+
+
 def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
     """Say whether a combination of settings is worth the planner's time; recipes may still ask for any of them."""
     if settings["activations"] != "none":
@@ -268,7 +273,7 @@ def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
         return False  # only integer products can overflow
     if settings["bits"] == 8:
         return settings["symmetric"] and settings["group_size"] is None  # finer 8-bit grids cost bytes and gain nothing
-    if settings["symmetric"] or settings["group_size"] is None:
+    if settings["symmetric"] != needs_symmetry(space) or settings["group_size"] is None:
         return False  # below 8 bits a zero point and groups pay for themselves
     # 3 and 2 bits need the finest groups
     return bool(settings["bits"] == 4 or settings["group_size"] == min(FINE_GROUPS))
