@@ -39,7 +39,7 @@ def inputs_of(speaker: Path, runtime: str = "torch") -> Inputs:
                   threads=1, calibration_rows=16)  # fmt: skip
 
 
-@pytest.mark.timeout(240)  # four processes are started, one after another
+@pytest.mark.timeout(300)  # four processes are started, one after another
 def test_experts_are_rounded_proven_and_reported_whole_and_piece_by_piece(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,14 +72,13 @@ def test_experts_are_rounded_proven_and_reported_whole_and_piece_by_piece(
 
 
 def test_what_cannot_hold_experts_is_refused_before_anything_is_measured(speaker: Path, tmp_path: Path) -> None:
-    for runtime in ("onnxruntime", "torchscript"):
-        inputs = inputs_of(speaker, runtime)
-        with (
-            pytest.raises(RuntimeUnavailable, match="4 experts"),
-            Run(tmp_path / runtime, {"verb": "test"}) as run,
-            opened_job(inputs, prepare(inputs), run),
-        ):
-            pass
+    inputs = inputs_of(speaker, "torchscript")
+    with (
+        pytest.raises(RuntimeUnavailable, match=r"torchscript cannot hold .*4 experts"),
+        Run(tmp_path / "torchscript", {"verb": "test"}) as run,
+        opened_job(inputs, prepare(inputs), run),
+    ):
+        pass
     two_grids = (Gptq(bits=4, group_size=16, symmetric=True, bits_of=((3, ("expert_down",)),)),)
     with pytest.raises(RuntimeUnavailable, match="one grid, the recipe has 2"):
         apply_run(inputs_of(speaker), recipe_of(two_grids), None, tmp_path / "two", fresh=False)

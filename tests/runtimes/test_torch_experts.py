@@ -183,7 +183,7 @@ def test_a_stack_of_which_some_are_rounded_is_not_written(tmp_path: Path) -> Non
 def test_runtimes_that_do_not_follow_experts_say_so(tmp_path: Path) -> None:
     _, mixtral = opened("mixtral", tmp_path / "mixtral")
     for name, missing in available_runtimes().items():
-        if name != "torch" and missing is None:
+        if name not in ("torch", "onnxruntime") and missing is None:
             reason = get_runtime(name).refusal_together(mixtral, {})
             assert reason is not None
             assert "4 experts (model.layers.0.mlp.experts)" in reason

@@ -27,6 +27,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -302,7 +303,7 @@ def stacked_again(module: nn.Module, implementation: str = "batched_mm") -> Iter
     taken = [(part, dict(part._modules), _places(part)) for part in module.modules() if _places(part)]
     for part, _, places in taken:
         for key, value in places.items():
-            values = value.layout.assembled("", lambda name, part=part: part.get_parameter(name).detach())
+            values = value.layout.assembled("", partial(_own, part))
             delattr(part, key)
             part.register_parameter(key, nn.Parameter(values, requires_grad=False))
         for name in [name for name, child in part._modules.items() if isinstance(child, Expert)]:
@@ -321,6 +322,10 @@ def stacked_again(module: nn.Module, implementation: str = "batched_mm") -> Iter
 
 def _places(part: nn.Module) -> dict[str, Stacked]:
     return {key: value for key, value in vars(part).items() if isinstance(value, Stacked)}
+
+
+def _own(part: nn.Module, name: str) -> Tensor:
+    return part.get_parameter(name).detach()
 
 
 def _run_as(part: nn.Module, implementation: str) -> None:

@@ -68,8 +68,8 @@ def remarks(layers: Sequence[LayerInfo], flow: Flow | None) -> list[str]:
     if experts := {(layer.experts, _expert_of(layer)) for layer in layers if layer.experts is not None}:
         reached = {(layer.experts, _expert_of(layer)) for layer in layers if layer.experts is not None and layer.macs}
         places = {holder for holder, _ in experts}
-        count = f"{len(experts)} experts in {len(places)} blocks"
-        notes.append(count if flow is None else f"{count}: the example's tokens are sent to {len(reached)} of them")
+        told = f"{len(experts)} experts in {len(places)} blocks"
+        notes.append(told if flow is None else f"{told}: the example's tokens are sent to {len(reached)} of them")
     return notes
 
 

@@ -108,7 +108,8 @@ def lower_experts(rewriter: Rewriter, candidate: Candidate) -> tuple[dict[str, A
         for name, codes in zip(names, pieces, strict=True):
             assert codes is not None
             ledger |= _store(rewriter.graph, name, *stacks[name], codes)
-        _replace_by_codes(rewriter, node, names, [next(iter(codes.values())) for codes in pieces if codes], swiglu)
+        firsts = [next(iter(codes.values())) for codes in pieces if codes]
+        _replace_by_codes(rewriter, node, names, stacks[names[0]][1].num_experts, firsts, swiglu)
         for name in names:
             del rewriter.graph.initializers[name]
     return ledger, floats
@@ -189,7 +190,12 @@ def _biases(rewriter: Rewriter, node: ir.Node, interleaved: bool) -> list[ir.Val
 
 
 def _replace_by_codes(
-    rewriter: Rewriter, node: ir.Node, stacks: list[str], codes: list[Quantized], swiglu: SwiGlu
+    rewriter: Rewriter,
+    node: ir.Node,
+    stacks: list[str],
+    num_experts: int,
+    codes: list[Quantized],
+    swiglu: SwiGlu,
 ) -> None:
     """Put QMoE in the place of a node of ours."""
     import onnx_ir as ir
@@ -199,10 +205,6 @@ def _replace_by_codes(
     assert weights is not None
     shape = rewriter.before(node, "Shape", [weights])
     ones = rewriter.before(node, "ConstantOfShape", [shape], value=ir.tensor(np.array([1], np.float32)))
-    first, second = node.inputs[3:5]
-    assert first is not None
-    assert second is not None
-    num_experts = held[f"{stacks[0]}.codes"].shape[0]  # type: ignore[index]
     chosen = _choices(rewriter, node, np.float32(0), ones, num_experts)
     mixed = _choices(rewriter, node, np.float32(0), weights, num_experts)
     biases = _biases(rewriter, node, swiglu.interleaved)

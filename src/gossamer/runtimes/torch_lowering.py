@@ -199,7 +199,9 @@ class Targets:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         groups = config.get("config_groups", {}).values()
-        self._exact = {target: group["weights"] for group in groups for target in group["targets"]}
+        self._exact: dict[str, Mapping[str, Any]] = {
+            target: group["weights"] for group in groups for target in group["targets"]
+        }
         self._patterns = {
             re.compile(target[3:]): weights for target, weights in self._exact.items() if target.startswith("re:")
         }

@@ -20,7 +20,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.deferred import Outline
 from gossamer.models.fold import fold_batch_norms
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
-from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.models.roles import EXPERT_ROLES, LayerInfo, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, searched
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
@@ -260,8 +260,10 @@ def _present_targets(model: ModelMap) -> tuple[str, ...]:
 
 
 def needs_symmetry(space: SearchSpace) -> bool:
-    """Say whether the model's experts leave no place for zero points: no runtime that holds them has any."""
-    return any(experts.stacked for experts in space.model.experts)
+    """Say whether the runtime has no place for the zero points of this model's experts, which are most of it."""
+    spec = QuantSpec(bits=4, symmetric=False)
+    experts = next((layer for layer in space.model.layers if layer.role in EXPERT_ROLES), None)
+    return experts is not None and space.runtime.refusal(experts.role, experts.shape, spec, None) is not None
 
 
 def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
