@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from gossamer.errors import ModelError
 from gossamer.models.experts import find_experts, layouts, stacked_again, take_apart
 from gossamer.models.inspect import describe
+from gossamer.models.scalings import find_scalings
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model
+from gossamer.models.walker import Call
 from gossamer.tasks import get_task
 from gossamer.techniques.match import layers_matching
 
@@ -183,3 +185,18 @@ def test_a_checkpoint_is_read_piece_by_piece(family: Family, tmp_path: Path) -> 
     for name, values in wanted.items():
         assert torch.equal(source.read(name), values), name
     assert source.stored_dtype(next(name for name in wanted if ".experts." in name)) == torch.float32
+
+
+def test_a_norm_in_front_of_attention_is_scaled_beside_experts_that_were_not_reached() -> None:
+    model = mixtral(num_local_experts=16)
+    take_apart(model)
+    calls: list[Call] = []
+    with torch.no_grad():
+        handle = model.model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True
+        )
+        model(ids(1, 3))
+        handle.remove()
+    found = [str(place) for place in find_scalings(model.model.layers[0], calls[0])]
+    assert found[0].startswith("input_layernorm.weight -> self_attn.q_proj.weight, self_attn.k_proj.weight")
+    assert not any(place.startswith("post_attention_layernorm") for place in found)  # the router reads it too

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gossamer.errors import RuntimeUnavailable
 from gossamer.goal import parse_goal
+from gossamer.models.experts import take_apart
+from gossamer.models.structure import map_model
 from gossamer.plan import budget
 from gossamer.plan.flow import apply_run
 from gossamer.plan.prepare import Inputs, opened_job, prepare
-from gossamer.plan.proof import apply_steps
+from gossamer.plan.proof import apply_steps, compare_tensors
 from gossamer.report.html import write_report
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
+from gossamer.runtimes.base import StoredTensor
 from gossamer.techniques.base import SearchSpace, Technique
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
@@ -96,3 +101,19 @@ def test_the_planner_proposes_grids_that_experts_can_have(speaker: Path, tmp_pat
         of_experts = [d.weight for d in decisions if d.layer.role.startswith("expert_") and d.weight is not None]
         assert {spec.bits for spec in of_experts} >= {8, 4}
         assert all(spec.symmetric for spec in of_experts)
+
+
+def test_a_layer_in_a_stack_of_floats_counts_its_part_of_the_bytes() -> None:
+    network = TINY["mixtral"]()
+    take_apart(network)
+    job: Any = SimpleNamespace(model=map_model(network, {"input_ids": TINY["ids"]()}))
+    stacks = [
+        StoredTensor(f"model.layers.{i}.mlp.experts.{name}", "bfloat16", 16, None, True, shape, 2 * 4 * rows * 32)
+        for i in range(2)
+        for name, shape, rows in (("gate_up_proj", (4, 96, 32), 96), ("down_proj", (4, 32, 48), 48))
+    ]
+    rows = {row.parameter: row for row in compare_tensors(job, [], stacks)}
+    for name, shape in (("w1", (48, 32)), ("w3", (48, 32)), ("w2", (32, 48))):
+        row = rows[f"model.layers.1.mlp.experts.3.{name}.weight"]
+        assert (row.found, row.bytes, row.shape, row.agrees) == ("bfloat16", 2 * 48 * 32, shape, True)
+    assert sum(row.bytes for row in rows.values()) == sum(stack.bytes for stack in stacks)

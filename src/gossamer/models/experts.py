@@ -44,6 +44,7 @@ MATMULS = (torch.matmul, torch.mm, Tensor.__matmul__, Tensor.matmul, Tensor.mm)
 ROLES: dict[str, tuple[Role, ...]] = {
     GATED: ("expert_gate", "expert_up"), UNGATED: ("expert_up",), DOWN: ("expert_down",),
 }  # fmt: skip
+STACKS = {"expert_gate": (GATED,), "expert_up": (GATED, UNGATED), "expert_down": (DOWN,)}
 OWN_NAMES = {GATED: ("gate_proj", "up_proj"), UNGATED: ("up_proj",), DOWN: ("down_proj",)}
 
 
@@ -166,7 +167,8 @@ class Matrix:
         layout = self.stacked.layout
         turned = func in MATMULS
         bias = [*args[2:], *kwargs.values()]
-        if (func is not nn.functional.linear and not turned) or turned != layout.transposed or args[1] is not self:
+        known = (func is nn.functional.linear or turned) and len(args) > 1 and args[1] is self
+        if not known or turned != layout.transposed:
             raise ModelError(
                 f"{layout.parameter} of {type(self.stacked.experts).__name__} is used by "
                 f"{getattr(func, '__name__', func)} in a way that is not known of experts",

@@ -8,6 +8,7 @@ original), `timed` (latency in turns with the original; peak memory).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
-from gossamer.models.roles import ModelMap
+from gossamer.models.experts import STACKS
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
@@ -205,7 +207,7 @@ def compare_tensors(
         if layer.tied_to is not None:
             continue
         wanted = asked.get(parameter)
-        tensor = by_name.get(parameter)
+        tensor = by_name.get(parameter) or _in_a_stack(layer, by_name)
         original_bytes = 4 * int(np.prod(layer.shape))
         rows.append(
             TensorRow(
@@ -221,6 +223,16 @@ def compare_tensors(
             )
         )
     return tuple(rows)
+
+
+def _in_a_stack(layer: LayerInfo, by_name: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """Return a layer's part of the stacked tensor that holds it with others like it, or None where there is none."""
+    for name in STACKS.get(layer.role, ()):
+        stack = by_name.get(f"{layer.experts}.{name}")
+        if stack is not None:
+            share = stack.bytes * int(np.prod(layer.shape)) // int(np.prod(stack.shape))
+            return replace(stack, name=f"{layer.name}.weight", shape=layer.shape, bytes=share)
+    return None
 
 
 def _asked_text(decision: Mapping[str, Any] | None) -> str:

@@ -89,8 +89,12 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
             if candidate.dtype != torch.float32:
                 lowering.cast(name, candidate.dtype)
             ledger[name] = {"shape": list(tensor.shape)}
-    for name in float_stacks if candidate.dtype != torch.float32 else ():
-        lowering.cast(name, candidate.dtype)
+    for name in float_stacks:
+        shape = graph.initializers[name].shape
+        assert shape is not None
+        ledger[name] = {"shape": list(shape.numpy())}
+        if candidate.dtype != torch.float32:
+            lowering.cast(name, candidate.dtype)
     lowering.rewriter.finish()
     tidy(model)
     model.opset_imports.pop(EXPERTS_DOMAIN, None)
