@@ -28,10 +28,11 @@ from gossamer.techniques.base import Context
 from gossamer.techniques.blockwise import BlockTechnique, observe
 from gossamer.techniques.prune.sparsify import Sparsify
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
-from gossamer.techniques.quantize.gptq import gptq
+from gossamer.techniques.quantize.gptq import gptq, output_error
 from gossamer.techniques.quantize.grid import quantize_weight
+from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.quantize.scaled import Awq, Smooth
-from gossamer.techniques.routing import tokens_needed, told
+from gossamer.techniques.routing import SHRINKAGE, shrunk, tokens_needed, told
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "models" / "tiny_experts.py"))
 ids, mixtral, qwen3_moe, gpt_oss = TINY["ids"], TINY["mixtral"], TINY["qwen3_moe"], TINY["gpt_oss"]
@@ -147,7 +148,7 @@ def test_layers_that_see_every_token_are_never_starved() -> None:
     seen = LayerInfo("q", "linear", "q", (64, 64), 4096)
     routed = LayerInfo("experts.1.up", "linear", "expert_up", (64, 60), 3840, experts="experts")
     assert tokens_needed(seen) == 1
-    assert tokens_needed(routed) == 15
+    assert tokens_needed(routed) == 4
     assert told({}, {}) == ""
     assert told({"experts": [5, 0, 9]}, {}) == "; 3 experts saw 0 to 9 tokens each, 5 in the middle"
 
@@ -184,3 +185,23 @@ def test_a_group_that_does_not_divide_an_expert_names_it() -> None:
     _, found, _, _ = prepared(qwen3_moe())
     with pytest.raises(TechniqueError, match=r"in_features 16 of model.layers.1.mlp.experts.0.down_proj"):
         Gptq(bits=4, group_size=32).resolve(found)
+
+
+def test_moments_of_few_tokens_are_drawn_towards_equal_channels_and_that_pays() -> None:
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=draw) * torch.logspace(0, -1.5, 64)[:, None]
+    spec, weight = QuantSpec(bits=4, group_size=32), torch.randn(32, 64, generator=draw)
+    later = torch.randn(4000, 64, generator=draw) @ mixing
+    for tokens in (8, 16):
+        error = []
+        for drawn in (False, True):
+            seen = Moments.empty(64)
+            seen.add(torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)) @ mixing)
+            plain = seen.second_II.clone()
+            if drawn:
+                shrunk([seen, seen])  # gate and up share their moments
+                extra = SHRINKAGE * 64 / tokens * plain.diagonal().mean()
+                torch.testing.assert_close(seen.second_II, plain + extra * torch.eye(64))
+            codes = gptq(weight, seen.second_II, spec)
+            error.append(output_error(weight, codes.dequantize(), later.T @ later / len(later)))
+        assert error[1] < 0.9 * error[0]

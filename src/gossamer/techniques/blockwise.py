@@ -41,7 +41,7 @@ from gossamer.models.walker import Call, Output, Stream, Walker, block_keys, hid
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
-from gossamer.techniques.routing import tokens_needed, tokens_of_experts, told
+from gossamer.techniques.routing import shrunk, tokens_needed, tokens_of_experts, told
 from gossamer.techniques.sweep_memory import SweepMemory
 
 SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
@@ -122,6 +122,7 @@ class Block:
         with self.in_memory():
             found = observe({name: layer for name, layer in owners.items() if has_moments(layer)}, self.passes())
         self.routed = tokens_of_experts([decision.layer for decision in self.decisions.values()], found)
+        shrunk(found[name] for name, one in self.decisions.items() if one.layer.experts is not None and name in found)
         return found
 
     def enough(self, parameter: str, seen: Moments | None, otherwise: str) -> bool:

@@ -1,12 +1,21 @@
-"""How many calibration tokens each expert of a block was sent, and how many it needs before they may choose its codes.
+"""How many calibration tokens each expert of a block was sent, and what its second moments are worth then.
 
-A router sends a token to few experts, so an expert sees a small and uneven share of all tokens: n of them. Its second
-moments S then have rank n at most, and a solver is free to hide errors in directions that no token has shown, which
-later tokens will. An expert that saw fewer than
+A router sends a token to few experts, so an expert sees a small and uneven share of all tokens: n of them, often fewer
+than its layer has inputs I. Its second moments S then have rank n at most, and a solver hides its errors in directions
+that no token has shown and later tokens will. So the moments of experts are drawn towards equal channels, the more the
+fewer tokens there were (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices",
+2004, with a fixed weight in place of an estimated one):
 
-    needed = TOKENS_PER_INPUT * inputs
+    S' = S + SHRINKAGE (I / n) mean(diag S) 1
 
-is therefore rounded without data, and named.
+Measured on SmolLM2-135M (gate of layers 2 and 15, 4 bits in groups of 64): the output error of GPTQ on tokens not seen,
+as a share of plain rounding's, for n / I = 1/16, 1/4, 1, 2
+
+    S as it is       1.04  1.27  1.15  0.76        0.71  0.82  0.63  0.44
+    SHRINKAGE 0.2    0.79  0.72  0.66  0.62        0.57  0.48  0.41  0.38
+    SHRINKAGE 1      0.81  0.70  0.60  0.56        0.61  0.50  0.41  0.37
+
+An expert that saw fewer than TOKENS_PER_INPUT x I tokens is rounded without data, and named.
 """
 
 from __future__ import annotations
@@ -18,7 +27,15 @@ from gossamer.models.purpose import named
 from gossamer.models.roles import LayerInfo
 from gossamer.techniques.quantize.moments import Moments
 
-TOKENS_PER_INPUT = 0.25  # see docs/concepts/experts.md for what was measured
+TOKENS_PER_INPUT = 1 / 16
+SHRINKAGE = 0.5
+
+
+def shrunk(moments: Iterable[Moments]) -> None:
+    """Draw the second moments of experts towards equal channels, in place, each once however many layers share it."""
+    for seen in {id(one): one for one in moments}.values():
+        diagonal_I = seen.second_II.diagonal()
+        diagonal_I += SHRINKAGE * len(diagonal_I) / max(1, seen.num_tokens) * float(diagonal_I.mean())
 
 
 def tokens_needed(layer: LayerInfo) -> int:
