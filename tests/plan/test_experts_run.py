@@ -17,6 +17,7 @@ from gossamer.models.structure import map_model
 from gossamer.plan import budget
 from gossamer.plan.flow import apply_run
 from gossamer.plan.prepare import Inputs, opened_job, prepare
+from gossamer.plan.profile import profile
 from gossamer.plan.proof import apply_steps, compare_tensors
 from gossamer.report.html import write_report
 from gossamer.run.workspace import Run
@@ -117,3 +118,15 @@ def test_a_layer_in_a_stack_of_floats_counts_its_part_of_the_bytes() -> None:
         row = rows[f"model.layers.1.mlp.experts.3.{name}.weight"]
         assert (row.found, row.bytes, row.shape, row.agrees) == ("bfloat16", 2 * 48 * 32, shape, True)
     assert sum(row.bytes for row in rows.values()) == sum(stack.bytes for stack in stacks)
+
+
+def test_effects_are_measured_on_a_spread_of_the_calibration_rows(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(speaker)
+    with Run(tmp_path / "run", {"verb": "test"}) as run, opened_job(inputs, prepare(inputs), run) as job:
+        monkeypatch.setattr(type(job.task), "profile_samples", 3)
+        assert len(job.profiled) == 3 < len(job.calibration)
+        step = Quantize(bits=4, group_size=16)
+        effect = profile(job, [step]).effects[step]
+        assert 0 < effect.kl < 10

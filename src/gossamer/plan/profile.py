@@ -125,13 +125,13 @@ def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) 
 
 
 def _reference(job: Job) -> Evaluation:
-    """Return the original's evaluation of the calibration rows."""
+    """Return the original's evaluation of the calibration batches on which steps are measured."""
 
     def build(folder: Path) -> dict[str, Any]:
-        save_evaluation(job.evaluate(job.candidate(), job.calibration), folder / EVALUATION)
+        save_evaluation(job.evaluate(job.candidate(), job.profiled), folder / EVALUATION)
         return {}
 
-    inputs = job.step_inputs(rows=job.prints["calibration"])
+    inputs = job.step_inputs(rows=job.prints["calibration"], batches=len(job.profiled))
     return load_evaluation(job.run.step("calibration-reference", inputs, build).folder / EVALUATION)
 
 
