@@ -201,11 +201,11 @@ def test_steps_are_applied_in_order_and_all_decisions_kept(job: Job) -> None:
 
 def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
     per_token = Quantize(activations="dynamic", activation_scope="token").resolve(job.model)
-    reason = refused_by(get_runtime("onnxruntime"), per_token)
+    reason = refused_by(get_runtime("onnxruntime"), job.model, per_token)
     assert reason is not None
     assert reason.startswith("bert.encoder.layer.0.attention.self.query: ")
     assert "not one per token" in reason
-    assert refused_by(get_runtime("onnxruntime"), Quantize(activations="dynamic").resolve(job.model)) is None
+    assert refused_by(get_runtime("onnxruntime"), job.model, Quantize(activations="dynamic").resolve(job.model)) is None
 
 
 def test_four_bit_floats_are_held_beside_bf16_only(job: Job) -> None:

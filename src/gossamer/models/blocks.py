@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from gossamer.models.experts import Expert
 from gossamer.models.roles import Stack
 
 
@@ -88,7 +89,10 @@ def _alike(first: nn.Module, second: nn.Module) -> bool:
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in module.named_parameters()}
+    """Return the shapes of the parameters by name; of experts that were taken apart the first stands for all."""
+    experts = [name for name, part in module.named_modules() if isinstance(part, Expert)]
+    others = tuple(f"{name}." for name in experts if name.rpartition(".")[2] != "0")
+    return {name: parameter.shape for name, parameter in module.named_parameters() if not name.startswith(others)}
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -39,6 +39,7 @@ class Candidate:
     activations: dict[str, ActivationSpec] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
+    routed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what holds experts -> the tokens that each saw
     weights: LazyWeights | None = None
     read: Callable[[str], Tensor] | None = None
     replaced: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # plain values of a streamed candidate

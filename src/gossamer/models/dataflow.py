@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gossamer.models.experts import Matrix
+
 Names = frozenset[str]
 Ids = frozenset[int]
 
@@ -172,6 +174,10 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        matrix = next((value for value in args if isinstance(value, Matrix)), None)
+        if matrix is not None:  # one of several layers' making: what happens inside is seen too
+            with self:
+                return matrix.multiplied(func, args, kwargs)
         result = func(*args, **kwargs)
         if self._inside:
             return result

@@ -205,7 +205,9 @@ def _options(model: ModelMap) -> list[Option]:
     """Return what quantization and casting can take hold of: each weight once."""
     options = []
     for kind in QUANTIZABLE:
-        layers = [layer for layer in model.layers if layer.kind == kind and layer.tied_to is None]
+        layers = [
+            layer for layer in model.layers if layer.kind == kind and layer.tied_to is None and layer.role != "router"
+        ]
         if layers:
             options.append(_option(f"quantize {kind}", len(layers), sum(math.prod(x.shape) for x in layers), model))
     options.append(_option("cast to bf16 or fp16", len(model.layers), model.num_parameters, model))
@@ -223,11 +225,16 @@ def _left_out(model: ModelMap) -> dict[str, str]:
         "shares its weight with an earlier layer and follows it": [
             layer.name for layer in model.layers if layer.tied_to is not None
         ],
+        "a router decides which expert a token is sent to: rounded only where a recipe names it": [
+            layer.name for layer in model.layers if layer.role == "router"
+        ],
         "a norm is one number a channel: nothing to gain below 16 bits": [
             layer.name for layer in model.layers if layer.kind == "norm"
         ],
         "no linear layer, convolution or embedding: not rounded below 16 bits": [
-            layer.name or "the model itself" for layer in model.layers if layer.kind == "other" and not layer.tied_to
+            layer.name or "the model itself"
+            for layer in model.layers
+            if layer.kind == "other" and not layer.tied_to and layer.role != "router"
         ],
     }
     return {named(names): reason for reason, names in reasons.items() if names}

@@ -46,19 +46,36 @@ def remarks(layers: Sequence[LayerInfo], flow: Flow | None) -> list[str]:
     notes = []
     if unknown := [layer.name for layer in layers if layer.role == "linear" and layer.stack is not None]:
         notes.append(f"linear layers whose role in their block is not known: {named(unknown)}")
-    if other := [layer for layer in layers if layer.kind == "other" and layer.num_parameters]:
-        count = sum(layer.num_parameters for layer in other)
+    others = [layer for layer in layers if layer.kind == "other" and layer.role != "router" and layer.num_parameters]
+    if stacked := [layer for layer in others if len(layer.shape) == 3 and min(layer.shape) > 1]:
+        shapes = ", ".join(sorted({"x".join(map(str, layer.shape)) for layer in stacked}))
+        notes.append(
+            f"stacked matrices ({shapes}) whose use is not understood, so that they stay as they are: "
+            f"{named([layer.name or 'the model itself' for layer in stacked])}"
+        )
+    if others:
+        count = sum(layer.num_parameters for layer in others)
         notes.append(
             f"{count} parameters are in modules that are no linear, convolution, embedding or norm: "
-            f"{named([layer.name or 'the model itself' for layer in other])}"
+            f"{named([layer.name or 'the model itself' for layer in others])}"
         )
     if flow is not None:
-        watched = [layer for layer in layers if layer.kind in ("linear", "conv", "embedding")]
+        watched = [layer for layer in layers if layer.kind in ("linear", "conv", "embedding") and layer.experts is None]
         shared = {layer.tied_to for layer in layers}
         alone = [layer.name for layer in watched if layer.tied_to is None and f"{layer.name}.weight" not in shared]
         if idle := [name for name in alone if name not in flow.feeds]:
             notes.append(f"the example does not reach {named(idle)}")
+    if experts := {(layer.experts, _expert_of(layer)) for layer in layers if layer.experts is not None}:
+        reached = {(layer.experts, _expert_of(layer)) for layer in layers if layer.experts is not None and layer.macs}
+        places = {holder for holder, _ in experts}
+        told = f"{len(experts)} experts in {len(places)} blocks"
+        notes.append(told if flow is None else f"{told}: the example's tokens are sent to {len(reached)} of them")
     return notes
+
+
+def _expert_of(layer: LayerInfo) -> str:
+    """Return which expert of its block a layer belongs to."""
+    return layer.name.removeprefix(f"{layer.experts}.").partition(".")[0]
 
 
 def named(names: Sequence[str]) -> str:

@@ -15,6 +15,10 @@ Role = Literal[
     "up",
     "gate",
     "down",
+    "expert_up",
+    "expert_gate",
+    "expert_down",
+    "router",
     "norm",
     "head",
     "classifier",
@@ -22,6 +26,8 @@ Role = Literal[
     "linear",
     "other",
 ]
+
+EXPERT_ROLES = frozenset(("expert_up", "expert_gate", "expert_down"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class LayerInfo:
     `name` is the module's name, `shape` that of its weight as [out, in...] (a Conv1D's stored [in, out] is turned),
     `block` the index of the block that it belongs to within `stack`, `tied_to` the parameter whose storage it shares
     (only on the later one), `macs` the multiply-accumulates of one example request. `num_parameters` counts a tied
-    tensor on the earlier layer only, so that the sum over layers is the model's total.
+    tensor on the earlier layer only, so that the sum over layers is the model's total. `experts` is the name of the
+    module that holds the experts which the layer is a part of; roles `expert_...` are those of stacked experts, which a
+    runtime may hold otherwise than layers that were always on their own.
     """
 
     name: str
@@ -44,6 +52,7 @@ class LayerInfo:
     block: int | None = None
     tied_to: str | None = None
     macs: int = 0
+    experts: str | None = None
     path: str = "layer"  # for several stacks of like blocks: the name relative to its block
 
 
@@ -58,6 +67,23 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Describe what holds the experts of a block: its name, how many there are, and the layers that choose among them.
+
+    `stacked`: the architecture keeps their matrices in stacked parameters; `alone`: a checkpoint may hold them one by
+    one all the same, under names that transformers merges when it opens it; `gated_by_silu`: they are gated networks
+    with SiLU or a relative of it (`experts.SwiGlu`), for which runtimes have operators.
+    """
+
+    name: str
+    num_experts: int
+    routers: tuple[str, ...]
+    stacked: bool
+    alone: bool
+    gated_by_silu: bool = False
+
+
+@dataclass(frozen=True)
 class ModelMap:
     """Describe a model: every layer with its role, the stacks of blocks, totals in parameters, bytes and MACs."""
 
@@ -67,6 +93,7 @@ class ModelMap:
     num_bytes: int
     macs: int
     notes: tuple[str, ...] = field(default=())
+    experts: tuple[Experts, ...] = field(default=())
 
     def layer(self, name: str) -> LayerInfo:
         """Return the layer of that module name."""

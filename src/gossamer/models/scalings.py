@@ -25,6 +25,7 @@ Shape suffixes: I inputs of the consumers, P outputs of the producer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +163,13 @@ def _proposals(block: nn.Module, layers: Mapping[str, nn.Module], kinds: Kinds, 
         ]
         width = layers[norm].get_parameter("weight").numel()
         # an expert that this call did not reach may read the norm in another
-        idle = [name for name in linears if name not in flow.feeds and _num_inputs(layers[name], kinds[name]) == width]
+        idle = [
+            name
+            for name in linears
+            if name not in flow.feeds
+            and _num_inputs(layers[name], kinds[name]) == width
+            and _may_read(name, norm, flow)
+        ]
         if readers and not idle and all(_num_inputs(layers[name], kinds[name]) == width for name in readers):
             plain = _place(layers, kinds, norm, readers, range(width))
             yield [plain, _place(layers, kinds, norm, readers, range(width), offset=1.0)]
@@ -192,6 +199,13 @@ def _proposals(block: nn.Module, layers: Mapping[str, nn.Module], kinds: Kinds, 
         if kinds[feeder][0] == "linear":
             outputs = _num_outputs(layers[feeder], kinds[feeder])
             yield [_place(layers, kinds, feeder, [name], channels) for channels in layouts(outputs, wide)]
+
+
+def _may_read(name: str, norm: str, flow: Flow) -> bool:
+    """Say whether a layer that was not reached may read a norm: what its like in a list do (experts), it does too."""
+    like = re.sub(r"\.\d+\.", ".*.", name)
+    reached = [origin for other, origin in flow.feeds.items() if re.sub(r"\.\d+\.", ".*.", other) == like]
+    return not reached or any(norm in origin.layers for origin in reached)
 
 
 def _value_layouts(outputs: int, wide: int) -> Iterator[range | list[int]]:

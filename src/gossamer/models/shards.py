@@ -76,23 +76,33 @@ class Shards:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in the dtype that it is stored in. Raises ModelError when the file has become shorter."""
+        stored = self.held[name][1]
+        return self._read(name, stored.begin, stored.num_bytes).reshape(stored.shape)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """Return one index of a tensor's first dimension (an expert's matrix among stacked ones), reading no other."""
+        stored = self.held[name][1]
+        size = stored.num_bytes // stored.shape[0]
+        return self._read(name, stored.begin + row * size, size).reshape(stored.shape[1:])
+
+    def _read(self, name: str, begin: int, num_bytes: int) -> Tensor:
         path, stored = self.held[name]
         if stored.dtype not in DTYPES:
             raise ModelError(f"{name} in {path} is stored as {stored.dtype}", "convert it to a float format first")
-        values = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        values = torch.empty(num_bytes, dtype=torch.uint8)
         view = _bytes_of(values)
         with path.open("rb", buffering=0) as file:
-            file.seek(stored.begin)
+            file.seek(begin)
             done = 0
-            while done < stored.num_bytes:
+            while done < num_bytes:
                 count = file.readinto(view[done:])
                 if not count:
                     raise ModelError(
-                        f"{path} has changed: {name} needs {stored.num_bytes} bytes, {done} are there",
+                        f"{path} has changed: {name} needs {num_bytes} bytes, {done} are there",
                         "do not write to a model while it is read; copy the file again",
                     )
                 done += count
-        return values.view(DTYPES[stored.dtype]).reshape(stored.shape)
+        return values.view(DTYPES[stored.dtype])
 
 
 def write_shards(

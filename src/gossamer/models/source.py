@@ -19,7 +19,9 @@ from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
 from gossamer.models import checkpoint
+from gossamer.models.experts import take_apart
 from gossamer.models.lazy import load_buffers, without_values
+from gossamer.models.places import Place, find_places, reader
 from gossamer.models.shards import DTYPES, Shards
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -67,6 +69,7 @@ class Source:
         self._raw_config = dict(raw_config or {})
         self._network = network
         self._forward = forward
+        self._places: dict[str, Place] = {}  # found when the model is opened: they are the same for every head of it
 
     @classmethod
     def open(
@@ -165,13 +168,20 @@ class Source:
         """Return the model without values: parameters on the meta device, to be read from `shards` when needed.
 
         Raises ModelError when it cannot be read piece by piece: a network given from Python, batch norms (they are
-        folded as a whole), a checkpoint whose tensors are named otherwise than the model's parameters.
+        folded as a whole), a checkpoint whose tensors are joined or split to make the model's parameters.
         """
         if self.path is None or self.config is None or self.shards is None:
             raise ModelError(f"{self.name} was given as a network: it is in memory already", "give a model folder")
         if self.quantization is not None:
             raise ModelError(f"{self.name} is already quantized ({self.quantization})", "start from the float model")
-        return self.empty_module(task, self.shards, sorted(self.shards.held))
+        module = self.empty_module(task, self.shards, sorted(self.shards.held))
+        self._places = find_places(module, self.shards.held)
+        return module
+
+    def read(self, name: str) -> Tensor:
+        """Return the stored values of a parameter of a model that was opened, by its name in the model."""
+        assert self.shards is not None
+        return reader(self._places, self.shards.read, self.shards.read_row)(name)
 
     def empty_module(self, task: Purpose, shards: Shards, names: Sequence[str]) -> nn.Module:
         """Return the model without values for a folder that holds parameters of these names."""
@@ -195,8 +205,9 @@ class Source:
                 f"{self.name} cannot be opened as {task.name} ({task.auto_class}): {_first_line(error)}",
                 "choose the task that fits it",
             ) from error
-        held = set(names)
-        if missing := [name for name, _ in module.named_parameters() if name not in held]:
+        take_apart(module)
+        places = find_places(module, names)
+        if missing := [name for name, _ in module.named_parameters() if name not in places]:
             raise ModelError(
                 f"{self.name} cannot be read piece by piece: {len(missing)} parameters of {type(module).__name__} are "
                 f"not in its files under their names, {missing[0]} first",
@@ -207,7 +218,7 @@ class Source:
                 f"{self.name} has {len(norms)} batch norms, which are folded as a whole",
                 "give it enough --memory to be opened whole",
             )
-        load_buffers(module, shards.read, held)
+        load_buffers(module, reader(places, shards.read, shards.read_row), places)
         return module
 
     def native_module(self) -> nn.Module:
@@ -264,9 +275,10 @@ class Source:
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """Return what a tensor is stored as in the user's folder, or None when it is not there under this name."""
-        if self.shards is None or name not in self.shards.held:
+        if self.shards is None:
             return None
-        return DTYPES.get(self.shards.held[name][1].dtype)
+        tensor = self._places.get(name, Place(name)).tensor
+        return DTYPES.get(self.shards.held[tensor][1].dtype) if tensor in self.shards.held else None
 
     def shipped_files(self) -> list[Path]:
         """Return the files that a user ships today to run this model. A network given from Python has none."""
@@ -278,6 +290,7 @@ class Source:
     def _copy_of_network(self) -> nn.Module:
         assert self._network is not None
         module = copy.deepcopy(self._network).float().eval()
+        take_apart(module)
         checkpoint.check_finite(module.state_dict())
         return module
 
@@ -312,9 +325,12 @@ class Source:
                 f"{', '.join(missing[:5])}{more}",
                 f"this checkpoint was not trained for {wanted}; fine-tune it first, or choose another task",
             )
-        module = module.eval()
-        checkpoint.check_finite(module.state_dict())
         assert isinstance(module, nn.Module)
+        module = module.eval()
+        take_apart(module)
+        checkpoint.check_finite(module.state_dict())
+        assert self.shards is not None
+        self._places = find_places(module, self.shards.held)
         return module
 
 

@@ -7,7 +7,7 @@ only where nothing could be run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from gossamer.errors import ModelError
 from gossamer.models import dataflow, purpose
 from gossamer.models.blocks import block_of, find_stacks
 from gossamer.models.example import made_up_example
-from gossamer.models.roles import LayerInfo, ModelMap, Role
+from gossamer.models.experts import find_experts, layouts
+from gossamer.models.roles import Experts, LayerInfo, ModelMap, Role
 
 Kind = Literal["linear", "conv", "embedding", "norm", "other"]
 
@@ -47,9 +48,10 @@ def map_model(
     notes: list[str] = []
     if not stacks:
         notes.append("no stack of like blocks was found")
-    layers = _without_roles(leaves, members)
+    experts = tuple(found for found in find_experts(module) if block_of(found.name, members))
+    layers = _without_roles(leaves, members, experts)
     flow = _follow(module, leaves, example, forward, notes)
-    roles = purpose.assign_roles(layers, flow)
+    roles = purpose.assign_roles(layers, flow) | _roles_of_experts(module, experts)
     macs = flow.macs if flow is not None else {}
     layers = [replace(layer, role=roles[layer.name], macs=macs.get(layer.name, 0)) for layer in layers]
     notes.extend(purpose.remarks(layers, flow))
@@ -61,6 +63,7 @@ def map_model(
         num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         macs=sum(macs.values()) + (flow.other_macs if flow is not None else 0),
         notes=tuple(notes),
+        experts=experts,
     )
 
 
@@ -130,10 +133,23 @@ def _turned(module: nn.Module, weight: Tensor) -> bool | None:
     return None
 
 
-def _without_roles(leaves: Mapping[str, _Leaf], members: dict[str, tuple[str, int]]) -> list[LayerInfo]:
+def _roles_of_experts(module: nn.Module, experts: Iterable[Experts]) -> dict[str, Role]:
+    """Return the roles that the layout of stacked experts tells, and those of routers."""
+    roles: dict[str, Role] = {router: "router" for found in experts for router in found.routers}
+    for name, layout in layouts(module):
+        for weights in layout.names(name):
+            for weight, role in zip(weights, layout.roles, strict=True):
+                roles[weight.removesuffix(".weight")] = role
+    return roles
+
+
+def _without_roles(
+    leaves: Mapping[str, _Leaf], members: dict[str, tuple[str, int]], experts: Iterable[Experts]
+) -> list[LayerInfo]:
     """Return the layers with everything but role and MACs; tied tensors count where they stand first."""
     owners: dict[tuple[Any, ...], str] = {}
     layers: list[LayerInfo] = []
+    holders = [found.name for found in experts]
     for name, leaf in leaves.items():
         count, tied_to = 0, None
         for key, parameter in leaf.parameters.items():
@@ -148,7 +164,12 @@ def _without_roles(leaves: Mapping[str, _Leaf], members: dict[str, tuple[str, in
         place = block_of(name, members)
         stack, block, path = place if place is not None else (None, None, name)
         role: Role = "linear" if leaf.kind == "linear" else "other"
-        layers.append(LayerInfo(name, leaf.kind, role, shape, count, leaf.transposed, stack, block, tied_to, path=path))
+        holder = next((holder for holder in holders if name.startswith(f"{holder}.")), None)
+        layers.append(
+            LayerInfo(
+                name, leaf.kind, role, shape, count, leaf.transposed, stack, block, tied_to, experts=holder, path=path
+            )
+        )
     return layers
 
 

@@ -7,7 +7,7 @@ sensitivity and the error of rounding it to b bits. The choice is an integer pro
 
 solved by HiGHS through scipy. Embeddings are rounded by a step of their own; every option for them, and leaving them as
 they are, makes a budget for the layers. Left out: models that are read piece by piece, whose gradients would need every
-block twice.
+block twice; stacked experts, which can be held with one grid only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def mixed_recipes(job: Job, goal: Goal, tables: Tables, space: SearchSpace) -> l
     """Return recipes whose widths were chosen for the goal's bound on size; none without one, or without layers."""
     bounds = [part for part in goal.constraints if part.quantity == "size"]
     base = _base(space)
-    if not bounds or base is None or job.budget is not None:
+    stacked = any(experts.stacked for experts in job.model.experts)
+    if not bounds or base is None or job.budget is not None or stacked:
         return []
     bound = min(part.bound * tables.original.size_bytes if part.relative else part.bound for part in bounds)
     found: list[Steps] = []

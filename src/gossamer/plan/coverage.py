@@ -22,7 +22,11 @@ NO_ROUNDING = {
     "norm": "a norm is one number a channel: nothing to gain below 16 bits",
     "other": "no linear layer, convolution or embedding: no technique here rounds it",
 }
+ROUTER = "a router decides which expert a token is sent to: rounded only where a recipe names it"
 NOT_CALLED = "not called by the request that the model was run on"
+OTHER_EXPERTS = (
+    "that request's tokens went to other experts: solved if enough calibration tokens come here, else plainly"
+)
 
 
 def coverage(steps: Sequence[Technique], model: ModelMap, runtime: Runtime) -> tuple[Covered, ...]:
@@ -60,6 +64,8 @@ def _row(
     if layer.tied_to is not None:
         shared = f"shares {layer.tied_to}"
         done, why = ([f"{shared}: {', '.join(done)}"] if done else []), "" if done else shared
+    elif parameter in sampled and layer.experts is not None:
+        why = "" if layer.macs else OTHER_EXPERTS
     elif parameter in sampled and not layer.macs and layer.kind != "embedding":
         why = f"{NOT_CALLED}: without samples it is rounded plainly"
     return Covered(
@@ -80,6 +86,8 @@ def _words(step: Technique, decision: Decision) -> str:
 
 def _why_left(layer: LayerInfo, asked: Sequence[tuple[Technique, Asked | None]], runtime: Runtime) -> str:
     """Return why no step does anything to a layer: the nearest reason wins."""
+    if layer.role == "router":
+        return ROUTER
     if layer.kind not in ROUNDED_KINDS:
         return NO_ROUNDING[layer.kind]
     named = [(step, how) for step, how in asked if _named(layer, step)]
@@ -90,7 +98,7 @@ def _why_left(layer: LayerInfo, asked: Sequence[tuple[Technique, Asked | None]],
     for _, how in asked:
         if (reason := _cannot(layer, how, runtime)) is not None:
             return reason
-    if not layer.macs and layer.kind != "embedding":
+    if not layer.macs and layer.kind != "embedding" and layer.experts is None:
         return NOT_CALLED
     return f"no step's `targets` match it (role {layer.role})"
 

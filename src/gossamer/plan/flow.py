@@ -143,7 +143,7 @@ def check_recipe(job: Job, steps: Steps) -> None:
             f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
             "name them under `ignore` in one of the two steps",
         )
-    refusal = refused_by(job.runtime, [decision for step in steps for decision in step.resolve(job.model)])
+    refusal = refused_by(job.runtime, job.model, [decision for step in steps for decision in step.resolve(job.model)])
     if refusal is not None:
         raise RuntimeUnavailable(
             f"{job.runtime.name} cannot hold the recipe: {refusal}",
@@ -225,7 +225,15 @@ def _float_bytes(job: Job) -> dict[str, int]:
 def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
     """Return every technique's own proposals, and those whose widths are chosen for this goal."""
     space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
-    return [*recipes(space), *mixed_recipes(job, goal, tables, space)]
+    found = [*recipes(space), *mixed_recipes(job, goal, tables, space)]
+    if not job.model.experts:
+        return found
+
+    def held(steps: Steps) -> bool:
+        decisions = [decision for step in steps for decision in step.resolve(job.model)]
+        return refused_by(job.runtime, job.model, decisions) is None
+
+    return list(filter(held, found))
 
 
 def _proof_seconds(job: Job) -> float:

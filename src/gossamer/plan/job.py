@@ -76,9 +76,8 @@ class Job:
         """Return the original as a candidate to which nothing has been done: whole, or to be read piece by piece."""
         if self.budget is None:
             return Candidate(source=self.source, module=self.source.module(self.task))
-        assert self.source.shards is not None
         module = self.source.skeleton(self.task)
-        return Candidate.streamed(self.source, module, self.source.shards.read, self.budget)
+        return Candidate.streamed(self.source, module, self.source.read, self.budget)
 
     def computed(self, candidate: Candidate, passes: Sequence[Arrays]) -> Iterator[Arrays]:
         """Yield a candidate's outputs, float32, for each pass's inputs; layer inputs are rounded as in the artifact."""

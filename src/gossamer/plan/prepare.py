@@ -17,7 +17,7 @@ from gossamer.data.checks import Finding, finding
 from gossamer.data.columns import bind_columns
 from gossamer.data.rows import read_rows
 from gossamer.data.splits import loose_key, row_key, split_rows, without_overlap
-from gossamer.errors import DataError, ModelError
+from gossamer.errors import DataError, ModelError, RuntimeUnavailable
 from gossamer.measure.machine import usable_cores
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
@@ -166,6 +166,9 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
+        model = _mapped(source, task, request, budget)
+        if (reason := runtime.refusal_together(model, {})) is not None:
+            raise RuntimeUnavailable(f"{runtime.name} cannot hold {source.name}: {reason}", "use --runtime torch")
         findings = check_calibration(prepared, calibration, inputs.progress)
         yield Job(
             source=source,
@@ -174,7 +177,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             runtime=runtime,
             run=run,
             progress=inputs.progress,
-            model=_mapped(source, task, request, budget),
+            model=model,
             calibration=calibration,
             evaluation=evaluation,
             latency_inputs=request,
@@ -207,8 +210,7 @@ def _mapped(source: Source, task: Task, request: Arrays, budget: int | None) -> 
     example = {name: torch.from_numpy(values) for name, values in request.items()}
     if budget is None:
         return map_model(source.module(task), example, source.forward)
-    assert source.shards is not None
-    candidate = Candidate.streamed(source, source.skeleton(task), source.shards.read, budget)
+    candidate = Candidate.streamed(source, source.skeleton(task), source.read, budget)
     return map_model(candidate.module, example, source.forward, candidate.held)
 
 

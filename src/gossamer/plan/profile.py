@@ -75,7 +75,7 @@ def input_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     module = job.candidate().module
     with ExitStack() as stack:
         for layer in job.model.layers:
-            if layer.kind in ("linear", "conv"):
+            if layer.kind in ("linear", "conv") and layer.experts is None:  # experts see what the router sends them
 
                 def note(_: nn.Module, inputs: tuple[Any, ...], name: str = layer.name) -> None:
                     shapes[name] = tuple(inputs[0].shape)
@@ -125,13 +125,13 @@ def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) 
 
 
 def _reference(job: Job) -> Evaluation:
-    """Return the original's evaluation of the calibration rows."""
+    """Return the original's evaluation of the calibration batches on which steps are measured."""
 
     def build(folder: Path) -> dict[str, Any]:
-        save_evaluation(job.evaluate(job.candidate(), job.calibration), folder / EVALUATION)
+        save_evaluation(job.evaluate(job.candidate(), job.profiled), folder / EVALUATION)
         return {}
 
-    inputs = job.step_inputs(rows=job.prints["calibration"])
+    inputs = job.step_inputs(rows=job.prints["calibration"], batches=len(job.profiled))
     return load_evaluation(job.run.step("calibration-reference", inputs, build).folder / EVALUATION)
 
 

@@ -20,8 +20,10 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
+from gossamer.models.experts import STACKS
 from gossamer.models.levels import FORMATS
 from gossamer.models.quantized import QuantSpec
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.plan.budget import samples_memory
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
@@ -68,7 +70,8 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
             seed=job.seed,
             versions=dict(package_versions()),
         )
-        return {"decisions": [_decision_json(decision) for decision in decisions]}
+        experts = [{"name": name, **found} for name, found in candidate.routed.items()]
+        return {"decisions": [_decision_json(decision) for decision in decisions], "experts": experts}
 
     return job.run.step("artifact", inputs, build)
 
@@ -219,7 +222,7 @@ def compare_tensors(
         if layer.tied_to is not None:
             continue
         wanted = asked.get(parameter)
-        tensor = by_name.get(parameter)
+        tensor = by_name.get(parameter) or _in_a_stack(layer, by_name)
         original_bytes = 4 * int(np.prod(layer.shape))
         rows.append(
             TensorRow(
@@ -235,6 +238,16 @@ def compare_tensors(
             )
         )
     return tuple(rows)
+
+
+def _in_a_stack(layer: LayerInfo, by_name: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """Return a layer's part of the stacked tensor that holds it with others like it, or None where there is none."""
+    for name in STACKS.get(layer.role, ()):
+        stack = by_name.get(f"{layer.experts}.{name}")
+        if stack is not None:
+            share = stack.bytes * int(np.prod(layer.shape)) // int(np.prod(stack.shape))
+            return replace(stack, name=f"{layer.name}.weight", shape=layer.shape, bytes=share)
+    return None
 
 
 def _asked_text(decision: Mapping[str, Any] | None) -> str:
@@ -398,8 +411,8 @@ def steps_recipe(steps: Sequence[Technique]) -> list[dict[str, Any]]:
     return [{step.technique: dict(step.settings)} for step in recipe_of(list(steps)).steps]
 
 
-def refused_by(runtime: Runtime, decisions: Sequence[Decision]) -> str | None:
-    """Return why the runtime cannot hold one of the decisions, naming the first, or None."""
+def refused_by(runtime: Runtime, model: ModelMap, decisions: Sequence[Decision]) -> str | None:
+    """Return why the runtime cannot hold one of the decisions, naming the first, or all of them together, or None."""
     floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
         reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)
@@ -407,4 +420,5 @@ def refused_by(runtime: Runtime, decisions: Sequence[Decision]) -> str | None:
             reason = runtime.refusal_beside(decision.weight, floats)
         if reason is not None:
             return f"{decision.layer.name}: {reason}"
-    return None
+    chosen = {decision.layer.name: decision.weight for decision in decisions if decision.weight is not None}
+    return runtime.refusal_together(model, chosen)

@@ -170,6 +170,14 @@ class Measured(Record):
     tensors: tuple[TensorRow, ...]
 
 
+class ExpertTokens(Record):
+    """Hold how many calibration tokens each expert of a block was sent, and the layers for which they were too few."""
+
+    name: str  # of what holds the experts
+    tokens: tuple[int, ...]
+    starved: tuple[str, ...] = ()  # each with its count, and what was done instead
+
+
 class Tried(Record):
     """Hold one candidate: its recipe, what was predicted, what was measured, and how the goal judged it."""
 
@@ -184,6 +192,7 @@ class Tried(Record):
     seconds: float = 0.0
     folder: str = ""  # of the artifact, relative to the run
     forecast: Forecast | None = None
+    experts: tuple[ExpertTokens, ...] = ()  # where a step calibrated them
 
 
 class Original(Record):

@@ -24,7 +24,7 @@ from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict, predicted_bytes
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
-from gossamer.plan.records import Figure, Judged, Measured, Original, Prediction, Tried
+from gossamer.plan.records import ExpertTokens, Figure, Judged, Measured, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import Decision
 
@@ -307,7 +307,7 @@ class Search:
         tried = self._as_untried(item)
         try:
             decisions = [decision for step in item.steps for decision in step.resolve(self.job.model)]
-            refusal = refused_by(self.job.runtime, decisions)
+            refusal = refused_by(self.job.runtime, self.job.model, decisions)
             if refusal is not None:
                 raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
             tried, judgements = prove(self.job, self.goal, item.steps, item.prediction, self.original, self.reference)
@@ -404,6 +404,7 @@ def prove(
         verdict=overall(judgements).value if judgements else "PASS",
         violation=violation(judgements),
         folder=f"steps/{built.folder.name}/artifact",
+        experts=tuple(ExpertTokens.model_validate(found) for found in built.value["experts"]),
     )
     wrong = [row.parameter for row in tensors if not row.agrees]
     if wrong:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from gossamer.errors import RunError
-from gossamer.plan.records import RunResult, TensorRow, Tried
+from gossamer.plan.records import ExpertTokens, RunResult, TensorRow, Tried
 from gossamer.report import words
 from gossamer.report.figures import cost_plots, goal_rows, headline, latency_plot, latency_rows
 from gossamer.run.atomic import write_text
@@ -67,6 +67,7 @@ def render(result: RunResult) -> str:
         latency_plot=latency_plot(result),
         latency_rows=latency_rows(result),
         modules=_modules(chosen.measured.tensors) if chosen and chosen.measured else None,
+        experts=_experts(chosen.experts) if chosen and chosen.experts else None,
     )
 
 
@@ -147,3 +148,10 @@ def _modules(tensors: tuple[TensorRow, ...]) -> dict[str, Any]:
         "disagree": sum(not row.agrees for row in tensors),
         "open": len(shown) <= LONG,
     }
+
+
+def _experts(found: tuple[ExpertTokens, ...]) -> dict[str, Any]:
+    """Return the table of experts, and the layers that saw too few tokens, the first of very many."""
+    starved = [words for one in found for words in one.starved]
+    shown = starved[:MOST_ROWS]
+    return {"rows": found, "starved": starved, "shown": shown, "hidden": len(starved) - len(shown)}

@@ -6,7 +6,7 @@ One file a runtime. A runtime lowers the codes that were decided before; it neve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +17,7 @@ from gossamer.errors import RuntimeUnavailable
 if TYPE_CHECKING:
     from gossamer.models.candidate import Candidate
     from gossamer.models.quantized import ActivationSpec, QuantSpec
+    from gossamer.models.roles import ModelMap
     from gossamer.models.source import Source
     from gossamer.tasks.base import Arrays, Task
 
@@ -93,6 +94,20 @@ class Runtime(ABC):
         """Return why codes cannot lie in a file whose floats are `float32`, `bf16` or `fp16`, or None when they can."""
         del spec, floats
         return None
+
+    def refusal_together(self, model: ModelMap, chosen: Mapping[str, QuantSpec]) -> str | None:
+        """Return why a model cannot be held with these grids by layer name, each of which alone could be, or None.
+
+        Asked before anything is spent, with no grid at all first. A runtime that traces a model cannot follow experts:
+        which of them run depends on the tokens.
+        """
+        stacked = [experts for experts in model.experts if experts.stacked]
+        if not stacked:
+            return None
+        return (
+            f"the model sends each token to some of {stacked[0].num_experts} experts ({stacked[0].name}), "
+            f"which {self.name} does not follow"
+        )
 
     @abstractmethod
     def stored_bytes(self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype_bytes: int) -> int:

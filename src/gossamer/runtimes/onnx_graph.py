@@ -10,6 +10,7 @@ What a caller may rely on:
   (`bert.encoder.layer.0.attention.self.query.weight`); a tied parameter is one initializer, under the name that
   `named_parameters()` gives it, with several consumers;
 - a linear layer is still weight -> Transpose -> MatMul -> Add (or Gemm), an embedding Gather, a convolution Conv;
+- the experts of a block are one node, `gossamer::Experts`, that reads their stacked parameters (`onnx_experts.py`);
 - arithmetic on shapes and other constants is folded, arithmetic on parameters is not;
 - inputs carry the names of the model's arguments and the axis names of the request, outputs the names asked for.
 """
@@ -34,7 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ArtifactError, ModelError, RuntimeUnavailable
+from gossamer.models.experts import stacked_again
 from gossamer.runtimes.base import ExportRequest
+from gossamer.runtimes.onnx_experts import EXPORTED
 from gossamer.tasks.base import Arrays
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
     from gossamer.models.source import Source
 
-LAYOUT = 2  # counts up when this file changes what it stores, so that older cache entries are not read
+LAYOUT = 3  # counts up when this file changes what it stores, so that older cache entries are not read
 
 
 def base_graph(module: nn.Module, source: Source, request: ExportRequest) -> ir.Model:
@@ -63,13 +66,14 @@ def base_graph(module: nn.Module, source: Source, request: ExportRequest) -> ir.
         raise RuntimeUnavailable(
             f"exporting to ONNX needs the package {error.name}", 'pip install "gossamer[onnxruntime]"'
         ) from error
-    path = request.cache / f"graph-{structure_key(module, source, request)}.onnx"
-    if not path.exists():
-        model = export_structure(module, source, request)
-        drop_values(model, tensors_of(module))
-        _publish(model, path)
-    model = ir.load(path)
-    fill_values(model, tensors_of(module))
+    with stacked_again(module, EXPORTED):
+        path = request.cache / f"graph-{structure_key(module, source, request)}.onnx"
+        if not path.exists():
+            model = export_structure(module, source, request)
+            drop_values(model, tensors_of(module))
+            _publish(model, path)
+        model = ir.load(path)
+        fill_values(model, tensors_of(module))
     return model
 
 

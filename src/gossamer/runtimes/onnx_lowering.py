@@ -12,6 +12,7 @@ Every quantized parameter is found by following its initializer to the nodes tha
 - Conv with int8 inputs: QLinearConv where all that reads its output rounds it to one static grid (the convolution then
   writes those codes itself), else ConvInteger, one multiplication and one addition in float32 (`onnx_convolution.py`).
 - Gather (embeddings): GatherBlockQuantized on blocks; int8 per row gathers codes and scales and multiplies.
+- experts: one QMoE or MoE for each block (`onnx_experts.py`).
 - NF4 in MatMul and Gemm: com.microsoft MatMulBnb4, in float32.
 - anything else (a weight-only Conv, groups that no block divides, FP8 and FP4): codes and scales are stored, and ONNX
   Runtime multiplies them out when it opens the file: small on disk, float32 in memory and in speed.
@@ -44,6 +45,8 @@ from gossamer.measure.machine import adds_in_pairs
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, Quantized
 from gossamer.runtimes.onnx_convolution import Convolution, lower_convolution
+from gossamer.runtimes.onnx_experts import DOMAIN as EXPERTS_DOMAIN
+from gossamer.runtimes.onnx_experts import lower_experts
 from gossamer.runtimes.onnx_fuse import fuse_attention, keep_layer_norms_apart
 from gossamer.runtimes.onnx_graph import tensors_of
 from gossamer.runtimes.onnx_rewrite import CONTRIB, Rewriter, UseKind, added_bias, tidy, uses_of
@@ -81,7 +84,9 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
     fuse_attention(model)
     keep_layer_norms_apart(graph)
     lowering = _Lowering(Rewriter(graph))
-    for name in sorted(candidate.quantized):
+    of_experts, float_stacks = lower_experts(lowering.rewriter, candidate)
+    ledger |= of_experts
+    for name in sorted(name for name in candidate.quantized if name not in of_experts):
         specs = [candidate.activations[owner] for owner in owners.get(name, ()) if owner in candidate.activations]
         ledger[name] = lowering.parameter(name, candidate.quantized[name], specs[0] if specs else None)
     places = {node: place for place, node in enumerate(graph)}
@@ -95,8 +100,15 @@ def lower(model: ir.Model, candidate: Candidate) -> None:
             if candidate.dtype != torch.float32:
                 lowering.cast(name, candidate.dtype)
             ledger[name] = {"shape": list(tensor.shape)}
+    for name in float_stacks:
+        shape = graph.initializers[name].shape
+        assert shape is not None
+        ledger[name] = {"shape": list(shape.numpy())}
+        if candidate.dtype != torch.float32:
+            lowering.cast(name, candidate.dtype)
     lowering.rewriter.finish()
     tidy(model)
+    model.opset_imports.pop(EXPERTS_DOMAIN, None)
     model.opset_imports[CONTRIB] = 1
     model.opset_imports[""] = max(model.opset_imports[""], 21)
     ledger = {name: entry for name, entry in ledger.items() if "bits" in entry or name in graph.initializers}

@@ -92,6 +92,22 @@ def _num_zero_points(inputs: int, groups: int, layout: Layout) -> int:
     return 1 if groups == 1 else blocks
 
 
+def expert_container(spec: QuantSpec) -> int:
+    """Return the bits that a code of an expert takes: ONNX Runtime's operator for experts has 2, 4 and 8."""
+    return 2 if spec.bits == 2 else 4 if spec.bits <= 4 else 8
+
+
+def expert_bytes(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    """Return the bytes of one layer of an expert [O, I] in the file: codes, scales and zero points."""
+    return _expert_bytes(shape[0], shape[1], expert_container(spec), spec.group_size, spec.symmetric)
+
+
+def _expert_bytes(rows: int, inputs: int, bits: int, group_size: int | None, symmetric: bool) -> int:
+    groups = inputs // (group_size or inputs)
+    zeros = rows * math.ceil(groups * bits / 8) if group_size else math.ceil(rows * bits / 8)
+    return rows * inputs * bits // 8 + 4 * rows * groups + (0 if symmetric else zeros)
+
+
 def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Return unsigned codes [..., n] packed low bits first, [..., ceil(n * bits / 8)]; the tail is filled with zeros.
 
@@ -124,10 +140,10 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
         _store_levels(graph, name, quantized, layout)
     else:
         kind = "INT4" if layout.bits == 4 else "INT8"
-        _add(graph, f"{name}.codes", codes_OI, kind)
+        add_initializer(graph, f"{name}.codes", codes_OI, kind)
         if zero_OG is not None:
-            _add(graph, f"{name}.zero_point", zero_OG, kind)
-    _add(graph, f"{name}.scale", quantized.scale.float().cpu().numpy())
+            add_initializer(graph, f"{name}.zero_point", zero_OG, kind)
+    add_initializer(graph, f"{name}.scale", quantized.scale.float().cpu().numpy())
     spec = quantized.spec
     entry = {
         "bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric, "shape": list(quantized.shape),
@@ -139,14 +155,16 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
 def _store_levels(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> None:
     codes_OI, spec = quantized.codes.cpu(), quantized.spec
     if spec.format == "fp8":
-        _add(graph, f"{name}.codes", spec.steps(codes_OI).numpy(), "FLOAT8E4M3FN")  # exact: they are its levels
+        add_initializer(
+            graph, f"{name}.codes", spec.steps(codes_OI).numpy(), "FLOAT8E4M3FN"
+        )  # exact: they are its levels
         return
     places_OI = (codes_OI.numpy().astype(np.int16) - spec.low).astype(np.uint8)
     if layout.kind == "bnb4":
         pairs = places_OI.reshape(-1, 2)
-        _add(graph, f"{name}.codes", pairs[:, 0] << np.uint8(4) | pairs[:, 1])
+        add_initializer(graph, f"{name}.codes", pairs[:, 0] << np.uint8(4) | pairs[:, 1])
     else:
-        _add(graph, f"{name}.codes", places_OI, "UINT4")
+        add_initializer(graph, f"{name}.codes", places_OI, "UINT4")
 
 
 def _store_blocks(
@@ -155,7 +173,9 @@ def _store_blocks(
     offset = 2 ** (layout.bits - 1)
     rows, inputs = codes_OI.shape
     unsigned = (codes_OI.astype(np.int16) + offset).astype(np.uint8)
-    _add(graph, f"{name}.codes", pack_bits(unsigned.reshape(rows, inputs // layout.block, layout.block), layout.bits))
+    add_initializer(
+        graph, f"{name}.codes", pack_bits(unsigned.reshape(rows, inputs // layout.block, layout.block), layout.bits)
+    )
     if zero_OG is None:
         return
     zero_OB = (zero_OG.astype(np.int16) + offset).astype(np.uint8)
@@ -163,10 +183,11 @@ def _store_blocks(
         zero_OB = np.repeat(zero_OB, 8 // layout.bits, axis=1)
     else:
         zero_OB = np.repeat(zero_OB, inputs // layout.block // zero_OG.shape[1], axis=1)
-    _add(graph, f"{name}.zero_point", pack_bits(zero_OB, layout.bits))
+    add_initializer(graph, f"{name}.zero_point", pack_bits(zero_OB, layout.bits))
 
 
-def _add(graph: ir.Graph, name: str, array: NDArray[Any], kind: str | None = None) -> None:
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any], kind: str | None = None) -> None:
+    """Store an array in a graph, as `kind` where numpy has no such numbers."""
     import onnx_ir as ir
 
     dtype = ir.DataType[kind] if kind else None
@@ -187,7 +208,8 @@ def read_stored(model: ir.Model) -> list[StoredTensor]:
     found = []
     for name, entry in sorted(ledger.items()):
         if "bits" in entry:
-            found.append(_read_quantized(name, entry, held))
+            read = _read_expert if "stack" in entry else _read_quantized
+            found.append(read(name, entry, held))
             continue
         tensor = held.get(name)
         if tensor is None:
@@ -237,3 +259,33 @@ def _signed(codes: NDArray[Any], entry: dict[str, Any]) -> NDArray[np.int16]:
     if entry["block"]:
         codes = np.stack([codes >> np.uint8(4), codes & np.uint8(0xF)], -1)
     return codes.astype(np.int16) - 8
+
+
+def _read_expert(name: str, entry: dict[str, Any], held: dict[str, Any]) -> StoredTensor:
+    """Return how one layer of a stack of experts lies in the file: its rows among those of its expert, in turns."""
+    stack, expert, rows = entry["stack"], entry["expert"], slice(entry["number"], None, entry["of"])
+    parts = {part: held.get(f"{stack}.{part}") for part in ("codes", "scale", "zero_point")}
+    codes, scale, zero = parts["codes"], parts["scale"], parts["zero_point"]
+    if codes is None or scale is None:
+        raise ArtifactError(f"the file names {name} as quantized but holds no codes for it", "write the artifact again")
+    num_rows, inputs = entry["matrix"]
+    found = unpack_bits(codes.numpy()[expert, rows], entry["container"], inputs).astype(np.int16)
+    found -= 2 ** (entry["container"] - 1)
+    limit, groups = 2 ** (entry["bits"] - 1), inputs // (entry["group_size"] or inputs)
+    scale_RG = scale.numpy()[expert, rows].reshape(num_rows, -1)
+    wrong = None
+    if found.shape != (num_rows, inputs) or found.min() < -limit or found.max() >= limit:
+        wrong = (
+            f"codes {found.min()}..{found.max()} {found.shape} do not fit {entry['bits']} bits [{num_rows}, {inputs}]"
+        )
+    elif scale_RG.shape[1] != groups:
+        wrong = f"{scale_RG.shape[1]} scales for a row do not fit {groups} groups"
+    elif (zero is None) != entry["symmetric"]:
+        wrong = f"zero points {'absent' if zero is None else 'present'}, symmetric = {entry['symmetric']}"
+    elif stack in held:
+        wrong = "a float copy lies beside the codes"
+    if wrong:
+        raise ArtifactError(f"{name}: {wrong}", "write the artifact again")
+    group_size, symmetric = entry["group_size"], entry["symmetric"]
+    size = _expert_bytes(num_rows, inputs, entry["container"], group_size, symmetric)
+    return StoredTensor(name, f"int{entry['bits']}", entry["bits"], group_size, symmetric, (num_rows, inputs), size)

@@ -12,21 +12,27 @@ import numpy as np
 
 from gossamer.errors import ArtifactError
 from gossamer.measure.machine import adds_in_pairs
+from gossamer.models.roles import EXPERT_ROLES
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.onnx_storage import (
     INT8_DOT_PRODUCTS,
     NEEDS,
     block_layout,
+    expert_bytes,
+    expert_container,
     parameter_bytes,
     read_stored,
     row_layout,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
 
     from gossamer.models.candidate import Candidate
     from gossamer.models.quantized import ActivationSpec, QuantSpec
+    from gossamer.models.roles import ModelMap
     from gossamer.tasks.base import Arrays, Task
 
 FILE = "model.onnx"
@@ -79,6 +85,8 @@ class OnnxRuntime(Runtime):
         inputs = math.prod(shape[1:])
         if spec.group_size is not None and inputs % spec.group_size:
             return f"group size {spec.group_size} does not divide {inputs} inputs"
+        if role in EXPERT_ROLES:
+            return _expert_refusal(inputs, spec, activation)
         if activation is None:
             return None
         if role == "embedding":
@@ -96,10 +104,18 @@ class OnnxRuntime(Runtime):
             return "rounded inputs with calibrated ranges need 5 to 8 bits and one scale per channel"
         return None if block_layout(inputs, spec) else f"no block of 16 to 256 divides groups of {spec.group_size}"
 
+    def refusal_together(self, model: ModelMap, chosen: Mapping[str, QuantSpec]) -> str | None:
+        """Return why one operator cannot hold the experts of a block with these grids, or None when it can."""
+        from gossamer.runtimes.onnx_experts import refusal_of_experts
+
+        return refusal_of_experts(model, chosen)
+
     def stored_bytes(self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype_bytes: int) -> int:
         """Return exactly how many bytes the file's tensors take for a parameter [O, I...]."""
         if spec is None:
             return math.prod(shape) * dtype_bytes
+        if role in EXPERT_ROLES:
+            return expert_bytes(shape, spec)
         inputs = math.prod(shape[1:])
         blocks = None if _is_conv(role, shape) or spec.format != "int" else block_layout(inputs, spec)
         return parameter_bytes(shape, spec, blocks or row_layout(spec))
@@ -145,6 +161,18 @@ class OnnxRuntime(Runtime):
 
 def _is_conv(role: str, shape: tuple[int, ...]) -> bool:
     return role == "convolution" or len(shape) > 2
+
+
+def _expert_refusal(inputs: int, spec: QuantSpec, activation: ActivationSpec | None) -> str | None:
+    if activation is not None:
+        return "the operator for experts takes their inputs as they are"
+    if spec.format != "int":
+        return f"the operator for experts multiplies integers, not {spec.format}"
+    if spec.group_size is not None and spec.bits > 4:
+        return "the operator for experts rounds inputs where 8-bit weights have groups: leave group_size empty"
+    if spec.group_size is not None and spec.group_size not in (16, 32, 64, 128, 256):
+        return f"the operator for experts takes groups of 16, 32, 64, 128 or 256, not {spec.group_size}"
+    return None if inputs * expert_container(spec) % 8 == 0 else f"{inputs} codes do not fill whole bytes"
 
 
 def _conv_refusal(spec: QuantSpec, per_channel: bool) -> str | None:

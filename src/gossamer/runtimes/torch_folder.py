@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,19 +27,21 @@ from torch import Tensor, nn
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.models.candidate import Candidate
+from gossamer.models.experts import layouts
 from gossamer.models.quantized import ActivationSpec, QuantSpec
-from gossamer.models.shards import MAX_SHARD_BYTES, Entry, write_shards
+from gossamer.models.roles import EXPERT_ROLES, ModelMap
+from gossamer.models.shards import MAX_SHARD_BYTES, write_shards
 from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
 from gossamer.runtimes.torch_floats import float_refusal, format_of, refusal_beside
+from gossamer.runtimes.torch_parts import file_parts, not_quantized, quantized_layers
 from gossamer.runtimes.torch_streamed import StreamedSession
 from gossamer.tasks.base import Arrays, Task
 
 METADATA = {"format": "pt", "written_by": "gossamer"}
-FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
 # layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
 UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
@@ -84,6 +84,12 @@ class TorchFolder(Runtime):
         """Return why a layer cannot be held like this, or None when it can."""
         if spec is None:
             return "a layer's inputs can be rounded only together with its weight" if activation else None
+        if role in EXPERT_ROLES and activation is not None:
+            return "transformers unpacks experts when it opens them: their inputs are not rounded"
+        if role in EXPERT_ROLES and spec.format != "int":
+            return f"transformers unpacks experts when it opens them, and only integers, not {spec.format}"
+        if role in EXPERT_ROLES and not spec.symmetric:
+            return "transformers drops the zero points of experts when it opens them: use symmetric: true"
         if role in UNSUPPORTED_ROLES or len(shape) != 2:
             kind = UNSUPPORTED_ROLES.get(role, f"a weight of {len(shape)} dimensions")
             return f"compressed-tensors holds linear and embedding layers only, not {kind}"
@@ -108,6 +114,27 @@ class TorchFolder(Runtime):
         """Return why codes cannot lie beside floats of a dtype, or None when they can."""
         return refusal_beside(spec, floats)
 
+    def refusal_together(self, model: ModelMap, chosen: Mapping[str, QuantSpec]) -> str | None:
+        """Return why the experts cannot be held like this: transformers opens all of a stack with one grid."""
+        specs = set()
+        for experts in model.experts if chosen else ():
+            inside = [layer for layer in model.layers if layer.experts == experts.name and layer.role in EXPERT_ROLES]
+            specs |= {chosen[layer.name] for layer in inside if layer.name in chosen}
+            if not experts.alone and any(layer.name in chosen for layer in inside):
+                return f"transformers opens {experts.name} only as stacked floats: name `expert` under `ignore`"
+            for roles in (("expert_gate", "expert_up"), ("expert_down",)):
+                stack = [layer.name for layer in inside if layer.role in roles]
+                left = [name for name in stack if name not in chosen]
+                if left and len(left) < len(stack):
+                    return (
+                        f"{left[0]} is one of {len(stack)} layers that transformers stacks: all of them are rounded, "
+                        f"or none ({len(left)} are not)"
+                    )
+        if len(specs) > 1:
+            grids = ", ".join(sorted(map(str, specs)))
+            return f"transformers opens all experts of a model with one grid, the recipe has {len(specs)}: {grids}"
+        return None
+
     def stored_bytes(
         self,
         role: str,
@@ -128,7 +155,7 @@ class TorchFolder(Runtime):
         """
         if spec is None:
             return int(np.prod(shape, dtype=np.int64)) * dtype_bytes
-        layout = lowering.layout_of(spec, activation, role == "embedding" or tied)
+        layout = lowering.layout_of(spec, activation, role == "embedding" or tied, role in EXPERT_ROLES)
         return lowering.layer_bytes(shape, spec, layout, copies=2 if tied else 1)
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
@@ -137,18 +164,23 @@ class TorchFolder(Runtime):
         Raises RuntimeUnavailable when a layer is of a kind that the format cannot hold.
         """
         if candidate.source.path is None:
+            if any(layouts(candidate.module)):
+                raise RuntimeUnavailable(
+                    f"{candidate.source.name} has experts and was given as a network, which is stored as a program",
+                    "save it with save_pretrained and give the folder",
+                )
             TorchExport().write(candidate, folder, request)
             return
-        layers = _layers(candidate)
+        layers = quantized_layers(candidate)
         config = _config(candidate.module, candidate.dtype)
         if layers:
             settings = {
                 name: (spec, activation, layout, candidate.outline(parameter).shape[1])
                 for name, (spec, activation, layout, parameter) in layers.items()
             }
-            config["quantization_config"] = lowering.quantization_config(settings, _untouched(candidate, layers))
+            config["quantization_config"] = lowering.quantization_config(settings, not_quantized(candidate, layers))
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        parts = _parts(candidate, layers)
+        parts = file_parts(candidate, layers)
         entries = [entry for part in parts for entry in part.entries]
         tensors = (found for part in parts for found in part.tensors().items())
         write_shards(folder, entries, tensors, METADATA, MAX_SHARD_BYTES)
@@ -197,128 +229,6 @@ class TorchFolder(Runtime):
         )
 
 
-Layer = tuple[QuantSpec, ActivationSpec | None, lowering.Layout, str]  # the last: whose codes (parameter name)
-
-
-def _layers(candidate: Candidate) -> dict[str, Layer]:
-    """Return every quantized module by name, the second module of a tied table too."""
-    sharers: dict[int, list[str]] = {}
-    for name, parameter in candidate.module.named_parameters(remove_duplicate=False):
-        sharers.setdefault(id(parameter), []).append(name)
-    layers: dict[str, Layer] = {}
-    for parameter_name in candidate.quantized:
-        outline = candidate.outline(parameter_name)
-        names = sharers[id(candidate.module.get_parameter(parameter_name))]
-        for name in names:
-            owner, _, local = name.rpartition(".")
-            module = candidate.module.get_submodule(owner)
-            if local != "weight" or not isinstance(module, nn.Linear | nn.Embedding) or outline.transposed:
-                raise RuntimeUnavailable(
-                    f"{name} belongs to a {type(module).__name__}: compressed-tensors holds linear and embedding "
-                    "weights only",
-                    f"name {owner} under `ignore`, or choose another runtime",
-                )
-            activation = candidate.activations.get(owner)
-            is_table = isinstance(module, nn.Embedding) or len(names) > 1
-            reason = float_refusal("embedding" if is_table else "linear", outline.spec, activation)
-            reason = reason or refusal_beside(outline.spec, FLOAT_NAMES[candidate.dtype])
-            if reason is not None:
-                raise RuntimeUnavailable(f"{name}: {reason}", f"name {owner} under `ignore`, or use integers there")
-            layout = lowering.layout_of(outline.spec, activation, is_table)
-            layers[owner] = (outline.spec, activation, layout, parameter_name)
-    for name in candidate.activations:
-        if name not in layers:
-            raise RuntimeUnavailable(
-                f"the inputs of {name} are rounded but its weight is not quantized: compressed-tensors needs both",
-                f"quantize the weight of {name} too",
-            )
-    return layers
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Hold what the file will say of one parameter or layer, and what makes its tensors: one part at a time."""
-
-    entries: list[Entry]
-    tensors: Callable[[], dict[str, Tensor]]
-
-
-def _parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[_Part]:
-    """Return the parts of the file; a parameter that two modules share appears under its first name."""
-    parts = []
-    replaced = {f"{owner}.weight" for owner in layers}
-    for name, tensor in _unique_tensors(candidate.module):
-        if name not in replaced:
-            parts.append(_float_part(candidate, name, tensor))
-    sharing: dict[str, list[str]] = {}
-    for owner, (_, _, _, parameter_name) in layers.items():
-        sharing.setdefault(parameter_name, []).append(owner)
-    for parameter_name, owners in sharing.items():
-        entries = [entry for owner in owners for entry in _layer_entries(candidate, owner, layers[owner])]
-        made = partial(_layer_tensors, candidate, {owner: layers[owner] for owner in owners}, parameter_name)
-        parts.append(_Part(entries, made))
-    return parts
-
-
-def _float_part(candidate: Candidate, name: str, tensor: Tensor) -> _Part:
-    dtype = tensor.dtype
-    if tensor.is_floating_point():
-        stored = candidate.source.stored_dtype(name)
-        narrow = candidate.dtype == torch.float32 and stored in (torch.float16, torch.bfloat16)
-        # what was 16 bits wide and is as it was stays so, bit for bit; loaded as float32 it is the same number
-        untouched = narrow and (tensor.is_meta or torch.equal(tensor.to(stored).float(), tensor.float()))
-        dtype = stored if untouched and stored is not None else candidate.dtype
-
-    def made() -> dict[str, Tensor]:
-        values = candidate.values(name) if tensor.is_meta else tensor
-        return {name: values.to(dtype).contiguous()}
-
-    return _Part([Entry(name, dtype, tuple(tensor.shape))], made)
-
-
-def _layer_entries(candidate: Candidate, owner: str, layer: Layer) -> list[Entry]:
-    spec, activation, layout, parameter_name = layer
-    outline = candidate.outline(parameter_name)
-    scales = lowering.scale_dtype(outline.scale_dtype, candidate.dtype)
-    entries = lowering.layer_entries(f"{owner}.", outline.shape, spec, layout, scales)
-    if parameter_name != f"{owner}.weight":
-        entries = [entry for entry in entries if entry.name != f"{owner}.weight"]
-    if activation is not None:
-        inputs = lowering.input_tensors(activation, candidate.dtype)
-        entries += [Entry(f"{owner}.{key}", tensor.dtype, tuple(tensor.shape)) for key, tensor in inputs.items()]
-    return entries
-
-
-def _layer_tensors(candidate: Candidate, owners: Mapping[str, Layer], parameter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of every module that holds one quantized parameter."""
-    codes = candidate.quantized[parameter_name]
-    tensors: dict[str, Tensor] = {}
-    for owner, (_, activation, layout, _) in owners.items():
-        local = lowering.layer_tensors(codes, layout, candidate.dtype)
-        if parameter_name != f"{owner}.weight":
-            del local["weight"]  # the shared table is stored under its first name
-        if activation is not None:
-            local.update(lowering.input_tensors(activation, candidate.dtype))
-        tensors.update({f"{owner}.{key}": value for key, value in local.items()})
-    return tensors
-
-
-def _unique_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Yield parameters and persistent buffers as state_dict() names them, shared ones once."""
-    seen: set[int] = set()
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, tensor in module.state_dict().items():
-        key = id(parameters.get(name, tensor))
-        if key not in seen:
-            seen.add(key)
-            yield name, tensor.detach()
-
-
-def _untouched(candidate: Candidate, layers: Mapping[str, Layer]) -> list[str]:
-    names = candidate.module.named_modules()
-    return [name for name, module in names if isinstance(module, nn.Linear | nn.Embedding) and name not in layers]
-
-
 def _config(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json: the module's own configuration, readable by transformers 4 and 5."""
     assert isinstance(module, transformers.PreTrainedModel)
@@ -361,15 +271,15 @@ def read_stored(folder: Path) -> list[StoredTensor]:
     for path, header in _headers(folder).items():
         entries.update({name: (entry, path) for name, entry in header.items() if name != "__metadata__"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    weights = {target: group["weights"] for group in groups for target in group["targets"]}
+    targets = lowering.Targets(config.get("quantization_config", {}))
     stored, lone_scales = [], []
     for name, (entry, _) in entries.items():
         owner, _, local = name.rpartition(".")
-        if owner not in weights:
+        settings = targets.of(owner)
+        if settings is None:
             stored.append(_stored_float(name, entry))
         elif local in ("weight", "weight_packed"):
-            stored.append(_stored_codes(owner, weights[owner], entries))
+            stored.append(_stored_codes(owner, settings, entries))
         elif local == "weight_scale" and not {f"{owner}.weight", f"{owner}.weight_packed"} & entries.keys():
             lone_scales.append(owner)
         elif not local.startswith(("weight_", "input_")):

@@ -20,6 +20,13 @@ strategy "group" or "channel" compressed-tensors 0.20 packs the zero points too,
 transformers builds the empty model they keep their unpacked shape, and the file's shape does not fit.
 
 Codes that are no integers take layouts of their own (`torch_floats.py`).
+    expert           the tensors of pack-quantized, symmetric only, for each layer of stacked experts under the name
+                     that a checkpoint gives it; scales are stored as the model's floats
+
+transformers 5.24 unpacks experts while it opens a folder and stacks them: one grid for all experts of the model, zero
+points are dropped without a word, and the weight's dtype is that of its scales (a float16 product of code and scale
+would be rounded once more). A layer of the stack that is not packed would be dropped too, so what is not quantized is
+stored stacked, under its parameter's own name.
 
 Static input grids are `p.input_scale` and `p.input_zero_point` (unsigned codes minus 128: the format is signed).
 Left out: convolutions and GPT-2's Conv1D (the format has no place for them).
@@ -28,6 +35,7 @@ Left out: convolutions and GPT-2's Conv1D (the format has no place for them).
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -43,14 +51,17 @@ from gossamer.models.shards import Entry
 from gossamer.runtimes import torch_floats as floats
 
 SCALE_BYTES = 2
-Layout = Literal["pack-quantized", "int-quantized"] | floats.FloatLayout
+EXPERT_SCALE_BYTES = 4
+Layout = Literal["pack-quantized", "int-quantized", "expert"] | floats.FloatLayout
 Setting = tuple[QuantSpec, ActivationSpec | None, Layout, int]  # the last: columns I of the weight
 
 
-def layout_of(spec: QuantSpec, activation: ActivationSpec | None, is_table: bool) -> Layout:
+def layout_of(spec: QuantSpec, activation: ActivationSpec | None, is_table: bool, is_expert: bool = False) -> Layout:
     """Return which layout a layer's weight takes; a table is an embedding or shared with one."""
     if spec.format != "int":
         return floats.LAYOUTS[spec.format]
+    if is_expert:
+        return "expert"
     return "int-quantized" if activation is not None or is_table else "pack-quantized"
 
 
@@ -58,8 +69,8 @@ def layer_tensors(quantized: Quantized, layout: Layout, dtype: torch.dtype) -> d
     """Return the tensors that hold one weight [O, I] by local name; scales that are not float16 become `dtype`."""
     if layout in floats.LAYOUTS.values():
         return floats.float_tensors(quantized)
-    tensors = {"weight_scale": quantized.scale.to(scale_dtype(quantized.scale.dtype, dtype)).contiguous()}
-    if layout == "pack-quantized":
+    tensors = {"weight_scale": quantized.scale.to(scale_dtype(quantized.scale.dtype, dtype, layout)).contiguous()}
+    if layout != "int-quantized":
         tensors["weight_packed"] = pack_codes(quantized.codes, quantized.spec.bits)
         tensors["weight_shape"] = torch.tensor(quantized.shape, dtype=torch.int64)
     else:
@@ -81,7 +92,7 @@ def layer_entries(
     rows, columns = shape
     groups = columns // spec.group_size if spec.group_size else 1
     entries = [Entry(f"{prefix}weight_scale", scales, (rows, groups))]
-    if layout == "pack-quantized":
+    if layout != "int-quantized":
         packed = math.ceil(columns * spec.bits / 32)
         entries.append(Entry(f"{prefix}weight_packed", torch.int32, (rows, packed)))
         entries.append(Entry(f"{prefix}weight_shape", torch.int64, (len(shape),)))
@@ -119,9 +130,12 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     return codes
 
 
-def scale_dtype(of_codes: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """Return what scales are stored as: as they are when they are float16, else as all floats of the file are."""
-    return of_codes if of_codes == torch.float16 else dtype
+def scale_dtype(of_codes: torch.dtype, dtype: torch.dtype, layout: Layout) -> torch.dtype:
+    """Return what scales are stored as: as they are when they are float16, else as all floats of the file are.
+
+    Those of experts are always as all floats are.
+    """
+    return of_codes if of_codes == torch.float16 and layout != "expert" else dtype
 
 
 def layer_bytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout, copies: int = 1) -> int:
@@ -130,11 +144,12 @@ def layer_bytes(shape: tuple[int, ...], spec: QuantSpec, layout: Layout, copies:
         return floats.float_bytes(shape, spec, copies)
     rows, columns = shape[0], math.prod(shape[1:])
     groups = columns // spec.group_size if spec.group_size else 1
-    if layout == "pack-quantized":
+    if layout != "int-quantized":
         codes = rows * 4 * math.ceil(columns * spec.bits / 32) + 8 * len(shape)
     else:
         codes = rows * columns
-    return codes + copies * rows * groups * (SCALE_BYTES + (0 if spec.symmetric else 1))
+    scale_bytes = EXPERT_SCALE_BYTES if layout == "expert" else SCALE_BYTES
+    return codes + copies * rows * groups * (scale_bytes + (0 if spec.symmetric else 1))
 
 
 def input_tensors(activation: ActivationSpec, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -150,22 +165,24 @@ def input_tensors(activation: ActivationSpec, dtype: torch.dtype) -> dict[str, T
 
 def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> dict[str, Any]:
     """Return `quantization_config` of config.json: one group of exact module names for every distinct setting."""
-    members: dict[tuple[QuantSpec, str, Layout, int], list[str]] = {}
+    members: dict[tuple[QuantSpec, str, Layout, int], dict[str, str]] = {}
     for name, (spec, activation, layout, columns) in layers.items():
         # layers with different static ranges share a group: the ranges are tensors, the group only says that there are
         kind = "" if activation is None else f"{activation.kind} {activation.scope} {activation.symmetric}"
         block = (spec.group_size or columns) if layout == "pack-quantized" and not spec.symmetric else 0
-        members.setdefault((spec, kind, layout, block), []).append(name)
+        target = _experts_of(name) if layout == "expert" else name
+        inside = members.setdefault((spec, kind, layout, block), {})
+        inside.setdefault(target, name)
     groups = {}
     for index, ((spec, _, layout, block), names) in enumerate(members.items()):
-        activation = layers[names[0]][1]
+        activation = layers[next(iter(names.values()))][1]
         groups[f"group_{index}"] = QuantizationScheme(
-            targets=names,
+            targets=list(names),
             weights=_weight_args(spec, block),
             input_activations=None if activation is None else _input_args(activation),
-            format=layout,
+            format=_format(layout),
         )
-    layouts = {layout for _, _, layout, _ in layers.values()}
+    layouts = {_format(layout) for _, _, layout, _ in layers.values()}
     config = QuantizationConfig(
         config_groups=groups,
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
@@ -173,6 +190,37 @@ def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> 
         ignore=untouched,
     )
     return {**config.model_dump(mode="json"), "version": compressed_tensors_version}
+
+
+def _format(layout: Layout) -> str:
+    return "pack-quantized" if layout == "expert" else layout
+
+
+def _experts_of(name: str) -> str:
+    """Return the pattern for the layers of all experts beside one of them, `...experts.3.gate_proj`.
+
+    transformers takes the grid of experts from the first pattern in which the word stands.
+    """
+    return rf"re:^{re.escape(name.rsplit('.', 2)[0])}\.\d+\..+$"
+
+
+class Targets:
+    """Say which settings of a `quantization_config` hold for a module, by its name."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        groups = config.get("config_groups", {}).values()
+        self._exact: dict[str, Mapping[str, Any]] = {
+            target: group["weights"] for group in groups for target in group["targets"]
+        }
+        self._patterns = {
+            re.compile(target[3:]): weights for target, weights in self._exact.items() if target.startswith("re:")
+        }
+
+    def of(self, module: str) -> Mapping[str, Any] | None:
+        """Return the settings of a module's weight, or None when it is not quantized."""
+        if module in self._exact:
+            return self._exact[module]
+        return next((weights for pattern, weights in self._patterns.items() if pattern.match(module)), None)
 
 
 def _weight_args(spec: QuantSpec, block: int) -> QuantizationArgs:

@@ -21,13 +21,14 @@ from torch import Tensor
 from gossamer.errors import ArtifactError
 from gossamer.models.blocks import find_stacks
 from gossamer.models.lazy import LazyWeights
+from gossamer.models.places import find_places, reader
 from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.models.shards import Shards
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.runtimes.base import Session
 from gossamer.runtimes.torch_floats import read_float
-from gossamer.runtimes.torch_lowering import unpack_codes
+from gossamer.runtimes.torch_lowering import Targets, unpack_codes
 from gossamer.tasks.base import Arrays, Task
 
 BYTES_OF_A_SAMPLE = 64 << 20  # room for one sample between two blocks: 512 tokens of 4,096 channels, masks, scores
@@ -39,15 +40,13 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self.shards = Shards(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-        if any(group.get("input_activations") for group in groups):
+        settings = config.get("quantization_config", {})
+        if any(group.get("input_activations") for group in settings.get("config_groups", {}).values()):
             raise ArtifactError(
                 f"{folder} rounds the inputs of layers, which cannot be served piece by piece",
                 "give it enough --memory to be opened whole",
             )
-        self._settings: dict[str, Mapping[str, Any]] = {
-            target: group["weights"] for group in groups for target in group["targets"]
-        }
+        self._targets = Targets(settings)
 
     @property
     def names(self) -> list[str]:
@@ -59,12 +58,11 @@ class FolderWeights:
     def read(self, name: str) -> Tensor:
         """Return a parameter's values."""
         owner = name.removesuffix(".weight")
-        if owner == name or owner not in self._settings:
-            return self.shards.read(name)
-        return self._codes(owner).dequantize()
+        settings = self._targets.of(owner) if owner != name else None
+        return self.shards.read(name) if settings is None else self._codes(owner, settings).dequantize()
 
-    def _codes(self, owner: str) -> Quantized:
-        settings, held = self._settings[owner], self.shards.held
+    def _codes(self, owner: str, settings: Mapping[str, Any]) -> Quantized:
+        held = self.shards.held
         if settings["type"] == "float":
             return read_float(owner, settings, held, self.shards.read)
         if f"{owner}.weight_packed" in held:
@@ -94,7 +92,8 @@ class StreamedSession(Session):
         self._task, self._source, self._budget = task, source, budget
         self._module = source.empty_module(task, weights.shards, weights.names)
         self._stacks, _ = find_stacks(self._module)
-        self._weights = LazyWeights(self._module, weights.read, budget)
+        places = find_places(self._module, weights.names)
+        self._weights = LazyWeights(self._module, reader(places, weights.read, weights.shards.read_row), budget)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Return the outputs of one batch; every weight is read once."""

@@ -41,12 +41,14 @@ from gossamer.run.team import ALONE, Team
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
+from gossamer.techniques.routing import shrunk, tokens_needed, tokens_of_experts
 from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, NUM_TRIED, CalibrationDtype, computing
 from gossamer.techniques.sweep_shared import Share, share_of, shared_codes, shared_tensors, summed
 
 SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
-SHARED_INPUTS = frozenset(("k", "v", "up"))  # layers that read what another one (q, gate) reads: one set of moments
+# layers that read what another one (q, gate) reads: one set of moments
+SHARED_INPUTS = frozenset(("k", "v", "up", "expert_up"))
 
 
 def observe(layers: Mapping[str, nn.Module], passes: Iterator[Any]) -> dict[str, Moments]:
@@ -111,6 +113,8 @@ class Block:
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
     replaced: dict[str, Tensor] = field(default_factory=dict)  # and what they were before
     notes: list[str] = field(default_factory=list)
+    routed: dict[str, list[int]] = field(default_factory=dict)  # what holds experts -> tokens that each was sent
+    starved: dict[str, str] = field(default_factory=dict)  # parameters of experts that saw too few -> how many
 
     @classmethod
     def alone(
@@ -136,7 +140,22 @@ class Block:
         owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.inside}
         layers = {name: layer for name, layer in owners.items() if has_moments(layer)}
         with self.in_memory(), computing(self.dtype):
-            return summed(self.team, self.share, lambda part: observe(layers, self.passes(part)), self.owners)
+            found = summed(self.team, self.share, lambda part: observe(layers, self.passes(part)), self.owners)
+        self.routed = tokens_of_experts([decision.layer for decision in self.inside.values()], found)
+        shrunk(found[name] for name, one in self.decisions.items() if one.layer.experts is not None and name in found)
+        return found
+
+    def enough(self, parameter: str, seen: Moments | None, otherwise: str) -> bool:
+        """Say whether a layer's moments can be used; where not, note what is done `otherwise`."""
+        layer, tokens = self.decisions[parameter].layer, 0 if seen is None else seen.num_tokens
+        needed = tokens_needed(layer)
+        if tokens >= needed:
+            return True
+        if layer.experts is None:
+            self.notes.append(f"{parameter} saw no calibration token and was {otherwise}")
+        else:
+            self.starved[parameter] = f"{layer.name}: {tokens} of {needed} tokens, {otherwise}"
+        return False
 
     def in_memory(self) -> AbstractContextManager[None]:
         """Keep the block's weights in memory while the `with` lasts (those of a whole model are never kept)."""
@@ -159,7 +178,7 @@ class Block:
         self.candidate.put_weight(parameter, partial(self.weights.__getitem__, parameter))
 
     def exchange(self) -> None:
-        """Put what other processes have solved in place here too, and take in their notes."""
+        """Put what other processes have solved in place here too, and take in their notes and counts of tokens."""
         if self.team.size == 1:
             return
         for parameter, values in shared_tensors(self.team, self.weights).items():
@@ -169,6 +188,13 @@ class Block:
         for parameter, codes in shared_codes(self.team, mine).items():
             self.set_quantized(parameter, codes)
         self.notes = [note for notes in self.team.gathered(self.notes) for note in notes]
+        # each counted for the layers that it owns, and has zeros for the others
+        told = self.team.gathered(self.routed)
+        self.routed = {
+            name: [max(counts) for counts in zip(*(one[name] for one in told), strict=True)] for name in self.routed
+        }
+        starved = {parameter: words for one in self.team.gathered(self.starved) for parameter, words in one.items()}
+        self.starved = {parameter: starved[parameter] for parameter in self.inside if parameter in starved}
 
     def restore_weights(self) -> None:
         """Put back every value that `set_weight` replaced."""

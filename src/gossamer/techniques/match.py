@@ -3,6 +3,8 @@
 A pattern is a role (`embedding`, `q`, `down`, `classifier`, ...), a kind (`linear`, `convolution`), a module name, a
 name with `*` and `?`, or `re:` and a regular expression that must match the whole name. A module name also matches
 the layers inside it: `model.layers.0` is every layer of the first block; a last component alone (`lm_head`) is enough.
+`expert` is every layer of an expert; `up`, `gate`, `down` are those of experts too. A kind leaves routers out: what
+decides where a token goes is rounded only where it is named.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from gossamer.models.roles import LayerInfo, ModelMap, Role
 
 KINDS = {"linear": "linear", "convolution": "conv", "conv": "conv"}
 ROLES = frozenset(get_args(Role))
+EXPERTS = "expert"
 
 
 def layers_matching(model: ModelMap, patterns: Iterable[str], setting: str) -> list[LayerInfo]:
@@ -37,7 +40,7 @@ def layers_matching(model: ModelMap, patterns: Iterable[str], setting: str) -> l
     if empty or not matched:
         names = [layer.name for layer in model.layers]
         pattern = (empty or patterns or [""])[0]
-        close = get_close_matches(pattern, [*names, *ROLES, *(name.rpartition(".")[2] for name in names)], n=3)
+        close = get_close_matches(pattern, [*names, *ROLES, EXPERTS, *(name.rpartition(".")[2] for name in names)], n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "`gossamer inspect` lists the modules and their roles"
         raise RecipeError(f"{setting}: {pattern!r} matches none of {len(names)} layers", hint)
     return [layer for layer in model.layers if layer.name in matched]
@@ -56,8 +59,10 @@ def matches(layer: LayerInfo, pattern: str) -> bool:
                 f"{pattern!r} is not a regular expression: {error}", "mend it, or use * patterns"
             ) from error
     if pattern in KINDS:
-        return layer.kind == KINDS[pattern]
-    if pattern in ROLES and layer.role == pattern:
+        return layer.kind == KINDS[pattern] and layer.role != "router"
+    if pattern in ROLES and layer.role in (pattern, f"{EXPERTS}_{pattern}"):
+        return True
+    if pattern == EXPERTS and layer.experts is not None:
         return True
     inside = layer.name == pattern or layer.name.startswith(pattern + ".") or layer.name.endswith("." + pattern)
     return inside or fnmatchcase(layer.name, pattern)

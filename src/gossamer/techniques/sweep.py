@@ -21,6 +21,7 @@ from gossamer.models.spilled import Lazy
 from gossamer.models.walker import Call, Output, Stream, Walker, block_keys
 from gossamer.techniques.base import Context, Decision
 from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.routing import told
 from gossamer.techniques.sweep_memory import LIVE, REFERENCE, SweepMemory
 from gossamer.techniques.sweep_precision import (
     BFLOAT16,
@@ -110,6 +111,7 @@ class Sweep:
             remembered = self.memory.load(stack.name, index, self._block_at(stack, index, []))
             assert remembered is not None, f"{stack.name} {index} was passed, but its codes are gone"
             self.dtype = remembered["dtype"]
+            self._note_experts(remembered)
         return passed
 
     def _block_at(self, stack: Stack, index: int, calls: Sequence[Call]) -> Block:
@@ -157,6 +159,8 @@ class Sweep:
                 live.outputs = self._passed(places, number, LIVE, block.calls, block)
         plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
         notes = "".join(f"; {note}" for note in finding["notes"])
+        notes += told(finding["routed"], finding["starved"])
+        self._note_experts(finding)
         seconds = time.monotonic() - began
         self.context.progress.say(
             f"{block.name}: error {finding['error']:.2e}{plain}{notes}, passes in {self.dtype}, {seconds:.1f} s"
@@ -189,6 +193,7 @@ class Sweep:
         if plain_error is not None and not (math.isfinite(error) and error <= GATE_SLACK * plain_error):
             block.notes.append(f"{self.technique.name} gave {error:.2e}, so it was rounded plainly")
             block.restore_weights()
+            block.starved.clear()  # all are rounded like these now
             for parameter, codes in plain.items():
                 block.set_quantized(parameter, codes)
             error = plain_error
@@ -197,7 +202,14 @@ class Sweep:
                 f"the outputs of {block.name} are not finite after {self.technique.name}",
                 "the model overflows in float32: look at its weights with `gossamer inspect`",
             )
-        return {"error": error, "plain": plain_error, "notes": block.notes, "dtype": block.dtype}
+        found = {"error": error, "plain": plain_error, "notes": block.notes, "dtype": block.dtype}
+        return {**found, "routed": block.routed, "starved": block.starved}
+
+    def _note_experts(self, finding: Mapping[str, Any]) -> None:
+        """Hand on to the report how many tokens each expert of a block saw."""
+        for name, counts in finding["routed"].items():
+            starved = [words for words in finding["starved"].values() if words.startswith(f"{name}.")]
+            self.candidate.routed[name] = {"tokens": list(counts), "starved": starved}
 
     def _dtype(self, block: Block, plain_error: float | None) -> str:
         """Return what the passes that observe this block and hand its outputs on compute in."""

@@ -86,7 +86,7 @@ class SweepMemory:
             block.candidate.put_weight(name.removesuffix(WEIGHT_VALUES), partial(_read_tensor, path, name))
         for parameter, spec in specs.items():
             shape = tuple(block.candidate.module.get_parameter(parameter).shape)
-            outline = Outline(spec, shape, block.decisions[parameter].layer.transposed, spec.scale_dtype)
+            outline = Outline(spec, shape, block.inside[parameter].layer.transposed, spec.scale_dtype)
             read = partial(_read_codes, path, parameter, outline)
             if block.candidate.weights is not None:
                 block.candidate.defer(parameter, outline, read)

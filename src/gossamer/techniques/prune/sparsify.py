@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from gossamer.errors import RecipeError
 from gossamer.models.quantized import rows_of
@@ -99,11 +100,12 @@ class Sparsify(BlockTechnique):
             transposed = decision.layer.transposed
             weight, seen = block.weight(parameter), moments.get(parameter)
             rows_OI = rows_of(weight.float(), transposed)
-            if seen is None or not seen.num_tokens:
-                if self.by != "magnitude":
-                    block.notes.append(f"{parameter} saw no calibration token and was cut by magnitude")
+            if self.by == "magnitude" or not block.enough(parameter, seen, "cut by magnitude"):
                 sparse_OI = rows_OI * kept(magnitude_scores(rows_OI), self.sparsity, pattern)
-            elif self.by == "wanda":
+                block.set_weight(parameter, _reshaped(sparse_OI, weight, transposed))
+                continue
+            assert seen is not None
+            if self.by == "wanda":
                 sparse_OI = rows_OI * kept(wanda_scores(rows_OI, seen.second_II), self.sparsity, pattern)
             else:
                 second_II, damping = seen.second_II, self.damping
@@ -111,10 +113,14 @@ class Sparsify(BlockTechnique):
                     rows_OI, second_II, self.sparsity, pattern=pattern, damping=damping, name=parameter
                 )
                 sparse_OI = descend_values(rows_OI, second_II, sparse_OI, passes=self.passes, damping=damping)
-            values = sparse_OI.t() if transposed else sparse_OI
-            block.set_weight(parameter, values.reshape(weight.shape).contiguous())
+            block.set_weight(parameter, _reshaped(sparse_OI, weight, transposed))
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: a mask makes no file smaller and no runtime here faster, so no goal asks for it."""
         yield from ()
+
+
+def _reshaped(rows_OI: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Return rows in the shape of the parameter that they came from."""
+    return (rows_OI.t() if transposed else rows_OI).reshape(weight.shape).contiguous()

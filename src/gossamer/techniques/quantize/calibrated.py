@@ -28,7 +28,7 @@ from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
-from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.quantize.quantize import Quantize, needs_symmetry
 from gossamer.techniques.quantize.refit import refit_scales
 from gossamer.techniques.sweep_precision import computing
 
@@ -95,6 +95,7 @@ class CalibratedGrid(FormatSettings, BlockTechnique):
         if space.calibration_rows < 4 * MIN_SAMPLES or not inside:
             return
         for settings in cls.product("bits", "symmetric", "group_size"):
+            settings["symmetric"] |= needs_symmetry(space)
             if settings["bits"] == 3 and settings["group_size"] != 32:
                 continue  # 3 bits need the finest groups
             option = cls(**settings)
@@ -146,10 +147,10 @@ class Gptq(CalibratedGrid):
         moments = block.moments()
         for parameter, decision in block.decisions.items():
             seen = moments.pop(parameter, None)  # as large as all else: given back as soon as it is used
-            if seen is None or seen.num_tokens == 0:
-                block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
+            if not block.enough(parameter, seen, "rounded plainly"):
                 codes = self.plain_codes(block, [parameter])[parameter]
             else:
+                assert seen is not None
                 bias = self._bias_of(block, parameter)
                 weight = block.weight(parameter)
                 codes = self._codes(weight, seen.covariance_II if bias else seen.second_II, decision)
@@ -254,7 +255,9 @@ class LearnedRounding(Gptq):
             return
         if self.sparse:  # what was taken out must not come back: it is not to be made up for either
             weights = {name: weight * (block.solved[name].dequantize() != 0) for name, weight in weights.items()}
-        start, before = dict(block.solved), block.output_error()
+        # an expert that saw too few tokens keeps what it has: so few say nothing of those to come
+        start = {name: codes for name, codes in block.solved.items() if name not in block.starved}
+        before = block.output_error()
         inside = {parameter: parameter.removeprefix(f"{block.name}.") for parameter in start}
         block.module.requires_grad_(False)
 
@@ -265,7 +268,7 @@ class LearnedRounding(Gptq):
 
         learned, _ = learn_rounding(
             loss,
-            weights,
+            {name: weights[name] for name in start},
             start,
             len(block.calls),
             steps=self.steps,

@@ -20,7 +20,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.deferred import Outline
 from gossamer.models.fold import fold_batch_norms
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
-from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.models.roles import EXPERT_ROLES, LayerInfo, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, searched
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.formats import FormatSettings, check_format
@@ -263,6 +263,13 @@ def _present_targets(model: ModelMap) -> tuple[str, ...]:
     return tuple(target for kind, target in (("linear", "linear"), ("conv", "convolution")) if kind in kinds)
 
 
+def needs_symmetry(space: SearchSpace) -> bool:
+    """Say whether the runtime has no place for the zero points of this model's experts, which are most of it."""
+    spec = QuantSpec(bits=4, symmetric=False)
+    experts = next((layer for layer in space.model.layers if layer.role in EXPERT_ROLES), None)
+    return experts is not None and space.runtime.refusal(experts.role, experts.shape, spec, None) is not None
+
+
 def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
     """Say whether a combination of settings is worth the planner's time; recipes may still ask for any of them."""
     if settings["activations"] != "none":
@@ -272,7 +279,7 @@ def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
         return False  # only integer products can overflow
     if settings["bits"] == 8:
         return settings["symmetric"] and settings["group_size"] is None  # finer 8-bit grids cost bytes and gain nothing
-    if settings["symmetric"] or settings["group_size"] is None:
+    if settings["symmetric"] != needs_symmetry(space) or settings["group_size"] is None:
         return False  # below 8 bits a zero point and groups pay for themselves
     # 3 and 2 bits need the finest groups
     return bool(settings["bits"] == 4 or settings["group_size"] == min(FINE_GROUPS))

@@ -74,6 +74,11 @@ class Rotate(Technique):
             for layer in model.layers
             if layer.kind in ("linear", "embedding")
         ]
+        routers = [layer.name for layer in model.layers if layer.role == "router"]
+        if routers:
+            raise TechniqueError(
+                f"{routers[0]} chooses experts by the residual stream and would not be turned", LEAVE_OUT
+            )
         if not any(decision.layer.kind == "embedding" for decision in decisions):
             raise RecipeError("rotate finds no embedding that a residual stream could begin with", LEAVE_OUT)
         return decisions

@@ -69,10 +69,10 @@ class Awq(CalibratedGrid):
         for parameter, spec in specs.items():
             seen, transposed = moments.get(parameter), block.decisions[parameter].layer.transposed
             weight = block.weight(parameter)
-            if seen is None:
-                block.notes.append(f"{parameter} saw no calibration token and was rounded plainly")
+            if not block.enough(parameter, seen, "rounded plainly"):
                 block.set_quantized(parameter, self.plain_codes(block, [parameter])[parameter])
                 continue
+            assert seen is not None
             second_II = seen.second_II
             if parameter in factors:
                 second_II = scaled_moments(second_II, factors[parameter])
