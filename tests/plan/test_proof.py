@@ -210,13 +210,15 @@ def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
 
 def test_four_bit_floats_are_held_beside_bf16_only(job: Job) -> None:
     codes = Quantize(format="nvfp4", ignore=("classifier",)).resolve(job.model)
-    reason = refused_by(get_runtime("torch"), codes)
+    reason = refused_by(get_runtime("torch"), job.model, codes)
     assert reason is not None
     assert "cast: {dtype: bf16}" in reason
-    assert refused_by(get_runtime("torch"), [*codes, *Cast(dtype="bf16").resolve(job.model)]) is None
-    assert refused_by(get_runtime("torch"), [*codes, *Cast(dtype="fp16").resolve(job.model)]) is not None
-    assert refused_by(get_runtime("onnxruntime"), codes) is None
-    assert "no place for nf4" in str(refused_by(get_runtime("torch"), Quantize(format="nf4").resolve(job.model)))
+    assert refused_by(get_runtime("torch"), job.model, [*codes, *Cast(dtype="bf16").resolve(job.model)]) is None
+    assert refused_by(get_runtime("torch"), job.model, [*codes, *Cast(dtype="fp16").resolve(job.model)]) is not None
+    assert refused_by(get_runtime("onnxruntime"), job.model, codes) is None
+    assert "no place for nf4" in str(
+        refused_by(get_runtime("torch"), job.model, Quantize(format="nf4").resolve(job.model))
+    )
 
 
 @pytest.mark.slow

@@ -24,9 +24,7 @@ NO_ROUNDING = {
 }
 ROUTER = "a router decides which expert a token is sent to: rounded only where a recipe names it"
 NOT_CALLED = "not called by the request that the model was run on"
-OTHER_EXPERTS = (
-    "that request's tokens went to other experts: solved if enough calibration tokens come here, else plainly"
-)
+OTHER_EXPERTS = "that request's tokens went to other experts: rounded plainly if calibration tokens do too"
 
 
 def coverage(steps: Sequence[Technique], model: ModelMap, runtime: Runtime) -> tuple[Covered, ...]:

@@ -155,9 +155,8 @@ def store(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> d
 def _store_levels(graph: ir.Graph, name: str, quantized: Quantized, layout: Layout) -> None:
     codes_OI, spec = quantized.codes.cpu(), quantized.spec
     if spec.format == "fp8":
-        add_initializer(
-            graph, f"{name}.codes", spec.steps(codes_OI).numpy(), "FLOAT8E4M3FN"
-        )  # exact: they are its levels
+        levels_OI = spec.steps(codes_OI).numpy()
+        add_initializer(graph, f"{name}.codes", levels_OI, "FLOAT8E4M3FN")  # exact
         return
     places_OI = (codes_OI.numpy().astype(np.int16) - spec.low).astype(np.uint8)
     if layout.kind == "bnb4":
