@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 PANEL = 128  # rows of second_II that are added to at once
 
 
@@ -60,7 +59,7 @@ class Moments:
         self.num_tokens += x_tI.shape[0]
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of x x^T (its upper triangle) and |x|, and the largest |x|: the very tensors that are held."""
+        """Return the sums of x x^T (its upper triangle) and |x|, and the largest |x|: the tensors that are held."""
         if self._is_mean:
             self._second_II *= self.num_tokens
             self._is_mean = False
