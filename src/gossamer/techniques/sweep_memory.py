@@ -76,7 +76,9 @@ class SweepMemory:
         if self.run is None or not self.run.has("block", self._at(stack, index)):
             return None
         step = self.run.step("block", self._at(stack, index), _never)
-        specs = {name: QuantSpec.model_validate(spec) for name, spec in step.value["specs"].items()}
+        found = step.value["specs"]  # sorted by name: the order in which they were solved is that of the decisions
+        specs = {name: QuantSpec.model_validate(found[name]) for name in block.decisions if name in found}
+        assert len(specs) == len(found), f"codes of {sorted(set(found) - set(specs))} belong to no decision"
         self._put(block, step.folder, specs)
         return dict(step.value)
 
