@@ -57,7 +57,9 @@ def test_bytes_of_the_artifact_are_those_of_a_real_one(optimized: Any, job: Job)
     for tried in optimized.result.tried:
         settings = [Step(technique=name, settings=found) for entry in tried.recipe for name, found in entry.items()]
         decisions = [d for step in resolve(Recipe(steps=tuple(settings))) for d in step.resolve(job.model)]
-        assert artifact_bytes(job, decisions) == pytest.approx(tried.measured.figures["size"].value, rel=0.03)
+        assert artifact_bytes(job, decisions) == pytest.approx(
+            tried.measured.figures["size"].value, rel=0.08
+        )  # config.json grows
 
 
 def test_a_sweep_has_its_stages_and_costs_more_with_more_rows(job: Job, rates: Rates) -> None:
@@ -79,6 +81,7 @@ def test_a_sweep_has_its_stages_and_costs_more_with_more_rows(job: Job, rates: R
     assert plain.memory_bytes <= found.memory_bytes
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_about_what_was_forecast(
     tiny: Path, tmp_path: Path, ask: Callable[..., Any], job: Job, rates: Rates
 ) -> None:
@@ -147,6 +150,7 @@ def test_check_forecast_says_nothing_of_what_fits(job: Job, rates: Rates) -> Non
 # ---------------------------------------------------------------- plan
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_without_measuring_quality(tiny: Path, tmp_path: Path, ask: Callable[..., Any]) -> None:
     out = tmp_path / "build"
     plan = api.plan(tiny / "model", **ask(tiny, recipe=recipe_of(SWEEP), runtime="torch", out=out))
@@ -184,6 +188,7 @@ def test_a_plan_wants_a_goal_or_a_recipe(tiny: Path, ask: Callable[..., Any]) ->
 # ---------------------------------------------------------------- optimize
 
 
+@pytest.mark.slow
 def test_optimize_leaves_out_what_does_not_fit_and_says_why(
     tiny: Path, tmp_path: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +208,7 @@ def test_optimize_leaves_out_what_does_not_fit_and_says_why(
     assert "block" not in started(tmp_path / "build")  # nothing was spent on them
 
 
+@pytest.mark.slow
 def test_a_search_without_time_begins_nothing_and_names_the_time(
     tiny: Path, tmp_path: Path, ask: Callable[..., Any]
 ) -> None:

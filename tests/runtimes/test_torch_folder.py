@@ -275,7 +275,10 @@ def test_config_is_readable_by_transformers_4_and_5(tmp_path: Path) -> None:
 def test_same_candidate_same_bytes(tmp_path: Path) -> None:
     candidate, request = make("llama", tmp_path)
     quantize(candidate, QuantSpec(bits=4, group_size=16), STATIC)
-    one, two = (written(candidate, request, tmp_path / name) for name in ("one", "two"))
+    one = written(candidate, request, tmp_path / "one")
+    # a killed run puts codes back in another order, and so do several processes
+    candidate.quantized = dict(reversed(candidate.quantized.items()))
+    two = written(candidate, request, tmp_path / "two")
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()

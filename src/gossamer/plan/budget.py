@@ -69,7 +69,9 @@ def needed_bytes(job: Job, step: Technique) -> int:
 
     One calibration sample is in memory with it: all others may lie in files.
     """
-    work = step.working_bytes(job.model, min(1, len(job.calibration)), _sample_bytes(job) + _passing_bytes(job))
+    # a sweep counts a sample twice, in front of a block and behind; what passes is there once
+    sample = _sample_bytes(job) + _passing_bytes(job) // 2
+    work = step.working_bytes(job.model, min(1, len(job.calibration)), sample)
     return resident_bytes() + (job.budget or 0) + work
 
 

@@ -106,7 +106,7 @@ def _lead(
         check_forecast(forecast, name_of(steps))
         job.progress.say(f"predicted: {in_short(forecast)}")
         original, reference = describe_original(job)
-        tried, _ = prove(job, goal, steps, _no_prediction(original, forecast), original, reference)
+        tried, _ = prove(job, goal, steps, _no_prediction(original, forecast.seconds), original, reference)
         tried = tried.model_copy(update={"forecast": forecast})
         verdict = Verdict(tried.verdict or "FAIL")
         reason = tried.rejected or "; ".join(judged.why for judged in tried.judgements)
@@ -243,7 +243,7 @@ def _proof_seconds(job: Job) -> float:
     return float(sum(finished[kind].get("seconds", 0.0) for kind in kinds if kind in finished))
 
 
-def _no_prediction(original: Original, forecast: Forecast) -> Prediction:
+def _no_prediction(original: Original, seconds: float = 0.0) -> Prediction:
     """Return the prediction of a recipe that was not profiled: the original's own figures, and the time."""
     return Prediction(
         quality_share=1.0,
@@ -252,7 +252,7 @@ def _no_prediction(original: Original, forecast: Forecast) -> Prediction:
         latency_seconds=original.latency.p50,
         latency_share=1.0,
         memory_bytes=original.memory_bytes,
-        seconds=forecast.seconds,
+        seconds=seconds,
     )
 
 

@@ -10,9 +10,9 @@ A layer `p` with codes c [O, I] (places of levels, see `models/levels.py`) and s
                            p.weight_scale         float8_e4m3fn [O, G]
                            p.weight_global_scale  float32 [1]        s = weight_scale / weight_global_scale
 
-A pattern is |c|, with the sign bit set where c < 0. compressed-tensors 0.20 multiplies 4-bit floats out in bfloat16
-whatever the model is, so such a folder's other tensors must be bfloat16 too, or its first product would fail. Level
-times scale is exact there. Left out: one weight_global_scale for layers that a server may fuse (queries, keys and
+A pattern is |c|, with the sign bit set where c < 0. compressed-tensors (0.19 and 0.20) multiplies 4-bit floats out in
+bfloat16 whatever the model is, so such a folder's other tensors must be bfloat16 too, or its first product would fail.
+Level times scale is exact there. Left out: one weight_global_scale for layers that a server may fuse (queries, keys and
 values), since codes are decided layer by layer.
 """
 

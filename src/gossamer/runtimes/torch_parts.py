@@ -32,9 +32,11 @@ def quantized_layers(candidate: Candidate) -> dict[str, Layer]:
         sharers.setdefault(id(parameter), []).append(name)
     layers: dict[str, Layer] = {}
     of_experts = {n for holder, held in layouts(candidate.module) for names in held.names(holder) for n in names}
-    for parameter_name in candidate.quantized:
+    for names in sharers.values():  # in the module's order: that in which codes were made must not reach the file
+        parameter_name = next((name for name in names if name in candidate.quantized), None)
+        if parameter_name is None:
+            continue
         outline = candidate.outline(parameter_name)
-        names = sharers[id(candidate.module.get_parameter(parameter_name))]
         for name in names:
             owner, _, local = name.rpartition(".")
             module = candidate.module.get_submodule(owner)

@@ -98,7 +98,10 @@ class SweepMemory:
         if not self._has("block", self._at(stack, index)):
             return None
         folder, value = self._finished("block", self._at(stack, index))
-        self._put(block, folder, {name: QuantSpec.model_validate(spec) for name, spec in value["specs"].items()})
+        found = value["specs"]  # sorted by name: the order in which they were solved is that of the decisions
+        specs = {name: QuantSpec.model_validate(found[name]) for name in block.inside if name in found}
+        assert len(specs) == len(found), f"codes of {sorted(set(found) - set(specs))} belong to no decision"
+        self._put(block, folder, specs)
         return dict(value)
 
     def solved_all(self, places: Places, outside: bool) -> bool:
