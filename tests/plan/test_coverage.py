@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gossamer.models.roles import LayerInfo, ModelMap
-from gossamer.plan.coverage import NOT_CALLED, coverage
+from gossamer.plan.coverage import NOT_CALLED, OTHER_EXPERTS, ROUTER, coverage
 from gossamer.plan.job import Job
 from gossamer.plan.records import Covered
 from gossamer.runtimes import get_runtime
@@ -78,6 +78,21 @@ def test_a_layer_that_no_sample_reaches_is_rounded_and_said_so() -> None:
     found = rows(Gptq(group_size=32))["b.0.spare"]
     assert found.done == "gptq int4 asymmetric group 32"
     assert found.why.startswith(NOT_CALLED)
+
+
+def test_each_expert_is_told_and_routers_are_left() -> None:
+    holder = "b.0.experts"
+    experts = [
+        LayerInfo(f"{holder}.{i}.up", "linear", "expert_up", (96, 64), 6144, macs=9 * i, experts=holder, **IN)
+        for i in range(2)
+    ]
+    kinds = ("linear", "other")
+    routers = [LayerInfo(f"b.{i}.gate", kind, "router", (2, 64), 128, **IN) for i, kind in enumerate(kinds)]
+    model = replace(MODEL, layers=(*LAYERS, *experts, *routers))
+    found = rows(Gptq(group_size=32, symmetric=True), model=model)
+    assert [found[layer.name].done for layer in experts] == ["gptq int4 symmetric group 32"] * 2
+    assert [found[layer.name].why for layer in experts] == [OTHER_EXPERTS, ""]
+    assert [(found[layer.name].done, found[layer.name].why) for layer in routers] == [("", ROUTER)] * 2
 
 
 def test_a_real_model_is_covered_parameter_by_parameter(job: Job) -> None:

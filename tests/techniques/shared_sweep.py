@@ -1,11 +1,14 @@
 """Carry out a recipe on a tiny Llama, alone or in several processes: `shared_sweep.py FOLDER [WORD]`.
 
-The leader writes what came of it to FOLDER/found.safetensors. With the word `fail` the last process fails in the third
-block of the first sweep.
+Each process writes what came of it to FOLDER/found-RANK.safetensors. With the word `fail` the last process fails in the
+third block of the first sweep; with `experts` it is a tiny Mixtral, some experts of which see too few tokens, and what
+they saw is written to FOLDER/routed-RANK.json.
 """
 
 from __future__ import annotations
 
+import json
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gossamer.models.candidate import Candidate
 from gossamer.models.source import Source
@@ -24,6 +27,7 @@ from gossamer.run.team import assembled
 from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
+from gossamer.techniques import routing
 from gossamer.techniques.base import Context
 from gossamer.techniques.blockwise import Block
 from gossamer.techniques.prune.sparsify import Sparsify
@@ -33,6 +37,8 @@ from gossamer.techniques.quantize.scaled import Awq, Smooth
 TASK = get_task("causal-lm")
 STEPS = (Sparsify(sparsity=0.3), Smooth(), Gptq(bits=4, group_size=16, ignore=("re:.*(k_proj|up_proj)",)),
          Awq(bits=3, group_size=16, targets=("k", "up"), exponents=4))  # fmt: skip
+OF_EXPERTS = (Gptq(bits=4, group_size=16, symmetric=True),)
+TOKENS_PER_INPUT = 4.0
 
 
 class Failing(Sparsify):
@@ -49,16 +55,30 @@ class Failing(Sparsify):
         super().solve(block)
 
 
-def main(folder: Path, word: str = "") -> None:
-    """Carry out the steps on 21 samples (two in each chunk but the last: an odd number of chunks)."""
-    torch.set_num_threads(1)
+def llama() -> PreTrainedModel:
+    """Return a tiny Llama of three blocks."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=32, tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
+    found: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return found
+
+
+def mixtral() -> PreTrainedModel:
+    """Return a tiny model with experts, of which an unusual number of tokens is asked."""
+    routing.TOKENS_PER_INPUT = TOKENS_PER_INPUT
+    path = Path(__file__).parents[1] / "models" / "tiny_experts.py"
+    found: PreTrainedModel = runpy.run_path(str(path))["mixtral"]()
+    return found
+
+
+def main(folder: Path, word: str = "") -> None:
+    """Carry out the steps on 21 samples (two in each chunk but the last: an odd number of chunks)."""
+    torch.set_num_threads(1)
     forward = lambda module, inputs: module(**inputs).logits  # noqa: E731
-    source = Source.open(LlamaForCausalLM(config).eval(), forward=forward)
+    source = Source.open(mixtral() if word == "experts" else llama(), forward=forward)
     draw = np.random.default_rng(0)
     batches = [Batch({"input_ids": draw.integers(1, 64, (1, 12))}, np.array([index])) for index in range(21)]
     candidate = Candidate(source=source, module=source.module(TASK))
@@ -66,7 +86,7 @@ def main(folder: Path, word: str = "") -> None:
     with assembled() as team:
         context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), team=team,
                           identity={"of": "test"})  # fmt: skip
-        steps = (Failing(sparsity=0.3), *STEPS[1:]) if word == "fail" else STEPS
+        steps = {"fail": (Failing(sparsity=0.3), *STEPS[1:]), "experts": OF_EXPERTS}.get(word, STEPS)
         if team.leads:
             with Run(folder / "run", {"verb": "test"}) as run:
                 for step in steps:
@@ -77,6 +97,8 @@ def main(folder: Path, word: str = "") -> None:
         found = {name: values.detach() for name, values in candidate.module.named_parameters()}
         found |= {f"{name}.codes": codes.codes for name, codes in candidate.quantized.items()}
         save_file(found, folder / f"found-{team.rank}.safetensors")
+        if word == "experts":
+            (folder / f"routed-{team.rank}.json").write_text(json.dumps(candidate.routed), encoding="utf-8")
 
 
 if __name__ == "__main__":

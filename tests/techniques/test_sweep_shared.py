@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from gossamer.models.roles import LayerInfo
 from gossamer.run.fingerprint import hash_file
 from gossamer.run.journal import read_journal
 from gossamer.run.team import ALONE, Team
+from gossamer.techniques import routing
 from gossamer.techniques.base import Decision
 from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.sweep_shared import NUM_CHUNKS, owners_of, share_of, summed
@@ -96,6 +98,24 @@ def test_two_processes_give_the_bytes_of_one_also_when_one_dies_on_the_way(tmp_p
     done = [entry["key"] for entry in read_journal(tmp_path / "again" / "run" / "journal.jsonl")
             if entry["event"] == "finished"]  # fmt: skip
     assert len(done) == len(set(done))
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_tell_what_each_expert_saw_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "TOKENS_PER_INPUT", routing.TOKENS_PER_INPUT)  # the script sets another here too
+    for name in ("alone", "two"):
+        (tmp_path / name).mkdir()
+    runpy.run_path(str(SCRIPT))["main"](tmp_path / "alone", "experts")
+    wanted = json.loads((tmp_path / "alone" / "routed-0.json").read_text())
+    assert [sum(told["tokens"]) for told in wanted.values()] == [21 * 12 * 2] * 2
+    starved = sum(len(told["starved"]) for told in wanted.values())
+    assert 0 < starved < 2 * 4 * 3
+    ran = together([str(SCRIPT), str(tmp_path / "two"), "experts"])
+    assert ran.returncode == 0, ran.stderr
+    for rank in range(2):
+        assert json.loads((tmp_path / "two" / f"routed-{rank}.json").read_text()) == wanted
+    hashes = {hash_file(path) for path in (tmp_path / "two").glob("found-*")}
+    assert hashes == {hash_file(tmp_path / "alone" / "found-0.safetensors")}
 
 
 def blocks(folder: Path) -> dict[str, str]:
