@@ -207,9 +207,11 @@ class Sweep:
 
     def _note_experts(self, finding: Mapping[str, Any]) -> None:
         """Hand on to the report how many tokens each expert of a block saw."""
+        told_of = finding["starved"]
+        starved = [told_of[parameter] for parameter in self.decisions if parameter in told_of]  # the same after a kill
         for name, counts in finding["routed"].items():
-            starved = [words for words in finding["starved"].values() if words.startswith(f"{name}.")]
-            self.candidate.routed[name] = {"tokens": list(counts), "starved": starved}
+            mine = [words for words in starved if words.startswith(f"{name}.")]
+            self.candidate.routed[name] = {"tokens": list(counts), "starved": mine}
 
     def _dtype(self, block: Block, plain_error: float | None) -> str:
         """Return what the passes that observe this block and hand its outputs on compute in."""
