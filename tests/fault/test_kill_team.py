@@ -26,7 +26,7 @@ RECIPE = """
 """
 IN_THE_SWEEP = 3  # streams and blocks that are finished when a process is killed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

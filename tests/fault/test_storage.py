@@ -203,7 +203,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
     yield mount
     for folder in folders:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a tensor may still be mapped
 
 
 def test_a_disk_that_fills_up_within_a_sweep_is_told_and_room_goes_on(

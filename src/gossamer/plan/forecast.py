@@ -8,8 +8,8 @@
 
 Seconds come from counts (passes, multiply-accumulates, bytes) divided by rates that were measured on this machine with
 this model (`rates.py`); memory from what each stage holds at once, all processes together. The counts that no formula
-gives were fitted once, to real runs; docs/concepts/planner.md sets predicted beside measured. Left out: what a recipe's
-step costs beyond passes and solving (the searches of `smooth`), and speed-ups of the artifact over the original.
+gives were fitted once, to solvers and runs on one machine; docs/concepts/planner.md tells how near they come. Left out:
+what a step costs beyond passes and solving (the searches of `smooth`), and speed-ups of the artifact over the original.
 
 Legend of counts: I inputs, O outputs of a layer, S calibration samples.
 """
@@ -41,11 +41,11 @@ from gossamer.techniques.sweep_memory import SweepMemory
 
 STAGES = ("open", "original", "observe", "solve", "pass on", "round", "compare", "write", "prove", "publish")
 CHILD_BYTES = 250 << 20  # of a serving process that has opened nothing, beyond what it shares with this one
-TIMED_SECONDS = 8.0  # that one timing takes
-START_SECONDS = 3.0  # that a serving process takes to import what it needs
-EXPORT_SECONDS, EXPORT_COPIES = 12.0, 3.0  # of a runtime that traces: for the graph, and float32 models held meanwhile
-CUBES, ROUNDS = 3.0, 2.0  # multiply-accumulates of a solver: I^3 times the first, O I^2 times the second and each turn
-ROUNDING_MACS = 400.0  # what searching a grid takes for each weight, in the time of multiply-accumulates
+TIMED_SECONDS, TURNS_SECONDS = 8.0, 15.0  # that one timing takes, alone and in turns with the original
+START_SECONDS = 4.0  # that a serving process takes to import what it needs
+EXPORT_SECONDS, EXPORT_COPIES = 9.0, 3.0  # of a runtime that traces: for the graph, and float32 models held meanwhile
+CUBES, ROUNDS = 6.0, 12.0  # multiply-accumulates of a solver: I^3 times the first, O I^2 times the second for each turn
+ROUNDING_MACS = 1250.0  # what searching a grid takes for each weight, in the time of multiply-accumulates
 CALL_SECONDS = 3e-5  # of a stand-in, for each block in front of the wanted one
 BACKWARD = 3.0  # passes that one step forward and back takes
 
@@ -143,10 +143,10 @@ class Forecaster:
         passes = values * rates.pass_seconds + rates.read_seconds
         costs.add("compare", own + codes + outputs + (floats if whole else largest), 2 * passes + rates.open_seconds)
         traced = not job.runtime.streams
-        writing = (size + floats * traced) / rates.bytes_per_second + EXPORT_SECONDS * traced
+        writing = (size + floats * traced) / rates.bytes_per_second  # the graph was made for the original
         costs.add("write", own + codes + largest + floats * EXPORT_COPIES * traced, writing)
         opening = START_SECONDS + rates.open_seconds
-        proving = 2 * opening + passes + self._scoring_seconds() + (TIMED_SECONDS + 2 * opening if whole else 0.0)
+        proving = 2 * opening + passes + self._scoring_seconds() + (TURNS_SECONDS + 2 * opening if whole else 0.0)
         costs.add("prove", rates.base_bytes + child * (2 if whole else 1), proving)
         costs.add("publish", rates.base_bytes, 2 * size / rates.bytes_per_second)
         return costs.stages()
