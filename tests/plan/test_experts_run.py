@@ -68,9 +68,10 @@ def test_experts_are_rounded_proven_and_reported_whole_and_piece_by_piece(
     covered = {row.module: row for row in forecast.coverage}
     assert sum("expert_" in row.role and row.done == "gptq int4 symmetric group 16" for row in covered.values()) == 24
     assert covered["model.layers.1.mlp.gate"].done == ""
-    written = sum(path.stat().st_size for path in (tmp_path / "pieces" / "artifact").iterdir())
     expected = next(part.bytes for part in forecast.disk if part.what == "the artifact")
-    assert expected == pytest.approx(written, rel=0.2)
+    beside = sum(path.stat().st_size for path in speaker.iterdir() if path.suffix != ".safetensors")
+    held = sum(row.bytes for row in measured.tensors)
+    assert held < expected <= held + beside
     assert measured.equivalence.passed
     assert measured.equivalence.change > 1e-3
     expert = next(row for row in measured.tensors if row.parameter == "model.layers.0.mlp.experts.2.w1.weight")
