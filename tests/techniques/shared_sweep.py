@@ -33,10 +33,11 @@ from gossamer.techniques.blockwise import Block
 from gossamer.techniques.prune.sparsify import Sparsify
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.scaled import Awq, Smooth
+from gossamer.techniques.quantize.tune_scales import TuneScales
 
 TASK = get_task("causal-lm")
 STEPS = (Sparsify(sparsity=0.3), Smooth(), Gptq(bits=4, group_size=16, ignore=("re:.*(k_proj|up_proj)",)),
-         Awq(bits=3, group_size=16, targets=("k", "up"), exponents=4))  # fmt: skip
+         Awq(bits=3, group_size=16, targets=("k", "up"), exponents=4), TuneScales(epochs=2))  # fmt: skip
 OF_EXPERTS = (Gptq(bits=4, group_size=16, symmetric=True),)
 TOKENS_PER_INPUT = 4.0
 

@@ -1,7 +1,8 @@
 """The technique `tune_scales`: fit all scales of a rounded model together to the original's predictions.
 
 The solver is `scale_descent.py`; here are the samples, the original that is run beside, what is kept in the run folder,
-and the check on samples that were held back.
+and the check on samples that were held back. Inputs of layers that are rounded too are left as floats meanwhile:
+rounding them passes no gradient on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.quantize.scale_descent import Factors, descend_scales, scaled
 from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, computing
+from gossamer.techniques.sweep_shared import shared_codes
 
 MIN_SAMPLES = 8
 HELD_BACK = 8  # every so many-th sample only judges
@@ -79,18 +81,24 @@ class TuneScales(Technique):
             )
         if not candidate.quantized:
             raise TechniqueError("tune_scales found no rounded layer", "put it behind the steps that round")
-        tuning = Tuning.of(self, candidate, context)
-        before = tuning.judge(context.progress)
-        for name, codes in tuning.run(context, candidate.applied).items():
+        # one process of a team fits, since a step needs all of its samples; the others wait for what it found
+        mine = self._fitted(candidate, context) if context.team.leads else {}
+        for name, codes in shared_codes(context.team, mine).items():
             candidate.set_quantized(name, codes)
-        after = tuning.judge(context.progress)
-        if not after < before:
-            for name, codes in tuning.start.items():
-                candidate.set_quantized(name, codes)
-        verdict = "" if after < before else ": the scales stay as they were"
-        context.progress.say(f"divergence on samples held back: {before:.2e} before, {after:.2e} after{verdict}")
         candidate.applied.append(self.entry())
         return candidate
+
+    def _fitted(self, candidate: Candidate, context: Context) -> dict[str, Quantized]:
+        """Return the codes with the scales that are kept: those that were found, or those that were there."""
+        tuning = Tuning.of(self, candidate, context)
+        before = tuning.judge(context.progress)
+        found = tuning.run(context, candidate.applied)
+        for name, codes in found.items():
+            candidate.set_quantized(name, codes)
+        after = tuning.judge(context.progress)
+        verdict = "" if after < before else ": the scales stay as they were"
+        context.progress.say(f"divergence on samples held back: {before:.2e} before, {after:.2e} after{verdict}")
+        return found if after < before else dict(tuning.start)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
