@@ -144,7 +144,9 @@ def test_memory_that_holds_neither_is_refused_with_both_numbers(
 
 
 def test_check_forecast_says_nothing_of_what_fits(job: Job, rates: Rates) -> None:
-    check_forecast(Forecaster(job, rates).of(SWEEP), "gptq")
+    found = Forecaster(job, rates).of(SWEEP)
+    assert found.refusal == ""
+    check_forecast(found, "gptq")  # raises nothing
 
 
 # ---------------------------------------------------------------- plan

@@ -102,6 +102,7 @@ def test_convolutions_are_multiplied_out(graphs: Path, tmp_path: Path) -> None:
     request = ExportRequest(TASK, pixels, {"pixel_values": {0: "batch"}}, ("logits",), graphs)
     candidate = Candidate(source=source, module=source.module(TASK))
     quantize(candidate, FP8, (nn.Conv2d,))
+    assert len(candidate.quantized) == sum(isinstance(part, nn.Conv2d) for part in candidate.module.modules())
     check(candidate, request, tmp_path)
 
 

@@ -85,7 +85,9 @@ def test_linear_layers(spec: QuantSpec, tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[4]], ids=str)
 def test_embeddings(spec: QuantSpec, tmp_path: Path, cache: Path) -> None:
-    check(written(spec, tmp_path, cache, (nn.Embedding,)), tmp_path)
+    candidate = written(spec, tmp_path, cache, (nn.Embedding,))
+    assert candidate.quantized
+    check(candidate, tmp_path)
 
 
 def test_a_format_that_the_file_does_not_hold_is_found(tmp_path: Path, cache: Path) -> None:

@@ -57,6 +57,7 @@ def test_sums_of_chunks_are_the_moments_of_all_samples() -> None:
     assert found["q"] is found["k"]
     assert found["q"].num_tokens == 105
     torch.testing.assert_close(found["q"].second_II.double(), rows.t() @ rows / 105)
+    torch.testing.assert_close(found["q"].mean_I.double(), rows.mean(0))
     torch.testing.assert_close(found["q"].mean_abs_I.double(), rows.abs().mean(0))
     assert torch.equal(found["q"].max_abs_I.double(), rows.abs().amax(0))
     torch.testing.assert_close(found["other"].second_II.double(), 4 * rows.t() @ rows / 105)

@@ -19,6 +19,9 @@ def check(seen: Moments, x_tI: Tensor) -> None:
     torch.testing.assert_close(second_II.double(), x_tI.double().t() @ x_tI.double() / len(x_tI), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(second_II, second_II.t())
     assert torch.equal(second_II[PANEL:, :PANEL], second_II[:PANEL, PANEL:].t())
+    torch.testing.assert_close(seen.mean_I, x_tI.mean(0))
+    torch.testing.assert_close(seen.covariance_II, torch.cov(x_tI.t(), correction=0).reshape(second_II.shape),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
     torch.testing.assert_close(seen.mean_abs_I, x_tI.abs().mean(0))
     assert torch.equal(seen.max_abs_I, x_tI.abs().amax(0))
 
