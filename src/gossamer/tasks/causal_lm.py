@@ -40,7 +40,7 @@ from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, MeasureError, TaskError
 from gossamer.tasks.base import Arrays, Batch, Evaluation, Metric, Row, RunAll, Scores, Task, Written
 from gossamer.tasks.chat import rendered
-from gossamer.tasks.tokens import accepted_inputs, check_length, median_request
+from gossamer.tasks.tokens import accepted_inputs, check_length, described, median_request
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -144,16 +144,12 @@ class CausalLM(Task):
 
     def written(self, rows: Sequence[Row], source: Source) -> list[Written]:
         """Return the text and the number of tokens of each row; rows that are tokens already are passed over."""
-        texts = [(index, row) for index, row in enumerate(rows) if not is_token_ids(row.get("text"))]
-        if not texts:
-            return []
-        tokenizer = source.processor()
-        found = []
-        for index, row in texts:
+
+        def describe(row: Row, index: int, tokenizer: Any) -> Written:
             what = rendered(row, index, tokenizer)
-            num_tokens = len(_tokens(row, index, tokenizer))
-            found.append(Written(what.text, num_tokens, self.context, fills=True, form=what.form))
-        return found
+            return Written(what.text, len(_tokens(row, index, tokenizer)), self.context, fills=True, form=what.form)
+
+        return described(rows, source, describe)
 
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
         """Return the window of median length, batch 1, made `latency_tokens` tokens long when that is set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from gossamer.data.columns import is_token_ids
 from gossamer.errors import DataError, TaskError
 from gossamer.tasks.base import Arrays, Batch, Row, Written
 from gossamer.tasks.classification import LABEL_NAMES, Classification, labels_of
-from gossamer.tasks.tokens import accepted_inputs, check_length, median_request, text_of
+from gossamer.tasks.tokens import accepted_inputs, check_length, described, median_request, text_of
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -100,16 +100,12 @@ class TextClassification(Classification):
 
     def written(self, rows: Sequence[Row], source: Source) -> list[Written]:
         """Return the text (of both parts) and the number of tokens of each row."""
-        texts = [(index, row) for index, row in enumerate(rows) if not is_token_ids(row.get("text"))]
-        if not texts:
-            return []
-        tokenizer = source.processor()
-        found = []
-        for index, row in texts:
+
+        def describe(row: Row, index: int, tokenizer: Any) -> Written:
             parts = [text_of(row, role, index) for role in ("text", "text_pair") if role in row]
-            num_tokens = len(tokenizer(*parts, verbose=False)["input_ids"])
-            found.append(Written("\n".join(parts), num_tokens, self.max_length))
-        return found
+            return Written("\n".join(parts), len(tokenizer(*parts, verbose=False)["input_ids"]), self.max_length)
+
+        return described(rows, source, describe)
 
     def latency_inputs(self, batches: Sequence[Batch]) -> Arrays:
         """Return the row of median length, batch 1, made `latency_tokens` tokens long when that is set."""

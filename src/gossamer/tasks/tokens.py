@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import transformers
 from numpy.typing import NDArray
 
+from gossamer.data.columns import is_token_ids
 from gossamer.data.table import place_of
 from gossamer.errors import DataError, TaskError
-from gossamer.tasks.base import Arrays, Batch, Row
+from gossamer.tasks.base import Arrays, Batch, Row, Written
 
 if TYPE_CHECKING:
     from gossamer.models.source import Source
@@ -87,3 +88,10 @@ def _stretched(have: int, want: int) -> NDArray[np.int64]:
         return np.arange(want)
     middle = np.resize(np.arange(1, have - 1), want - 2)
     return np.concatenate([[0], middle, [have - 1]]).astype(np.int64)
+
+
+def described(rows: Sequence[Row], source: Source, describe: Callable[[Row, int, Any], Written]) -> list[Written]:
+    """Return `describe(row, index, tokenizer)` of each row; rows that are tokens already are passed over."""
+    texts = [(index, row) for index, row in enumerate(rows) if not is_token_ids(row.get("text"))]
+    tokenizer = source.processor() if texts else None
+    return [describe(row, index, tokenizer) for index, row in texts]
