@@ -11,7 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -186,36 +186,16 @@ def test_a_shard_that_is_cut_while_a_run_goes_on_spoils_nothing_that_was_finishe
     assert bytes_of(out) == undisturbed
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many bytes in memory; skip where that is not allowed."""
-    folders: list[Path] = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / "mounted"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        folders.append(folder)
-        return folder
-
-    yield mount
-    for folder in folders:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # a tensor may still be mapped
-
-
 def test_a_disk_that_fills_up_within_a_sweep_is_told_and_room_goes_on(
     tiny: Path,
     undisturbed: dict[str, str],
-    small_disk: Callable[[int], Path],
+    mounted: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from gossamer.techniques.quantize.calibrated import Gptq
 
-    disk = small_disk(64 << 20)
+    disk = mounted("size=64m")
     out, filler, solve = disk / "build", disk / "filler", Gptq.solve
     solved = 0
 
@@ -247,9 +227,9 @@ def test_a_disk_that_fills_up_within_a_sweep_is_told_and_room_goes_on(
 
 
 def test_what_the_disk_can_never_hold_is_refused_before_the_sweep(
-    tiny: Path, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+    tiny: Path, mounted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = small_disk(600 << 10) / "build"
+    out = mounted("size=600k") / "build"
     said = refused(words(tiny, out), capsys)
     assert "needs about" in said
     assert "are free" in said
