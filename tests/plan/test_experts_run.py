@@ -15,10 +15,11 @@ from gossamer.goal import parse_goal
 from gossamer.models.experts import take_apart
 from gossamer.models.structure import map_model
 from gossamer.plan import budget
+from gossamer.plan.comparison import compare_tensors
 from gossamer.plan.flow import apply_run
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.profile import profile
-from gossamer.plan.proof import apply_steps, compare_tensors
+from gossamer.plan.proof import apply_steps
 from gossamer.report.html import write_report
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime

@@ -9,19 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gossamer.plan.comparison import CHECKED_VALUES, compare_outputs, compare_tensors, thinned
 from gossamer.plan.flow import _no_prediction
 from gossamer.plan.job import InMemory, Job
 from gossamer.plan.predict import Tables
-from gossamer.plan.proof import (
-    CHECKED_VALUES,
-    apply_steps,
-    build_artifact,
-    check_artifact,
-    compare_outputs,
-    compare_tensors,
-    refused_by,
-    thinned,
-)
+from gossamer.plan.proof import apply_steps, build_artifact, check_artifact, refused_by
 from gossamer.plan.search import prove
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes import get_runtime

@@ -10,17 +10,9 @@ from gossamer.goal import Verdict, parse_goal
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
+from gossamer.plan.ranking import judge_measured, judge_prediction, promise, rank, time_budget
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
-from gossamer.plan.search import (
-    WAVE,
-    Menu,
-    Search,
-    judge_measured,
-    judge_prediction,
-    promise,
-    rank,
-    time_budget,
-)
+from gossamer.plan.search import WAVE, Menu, Search
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import Technique
 from gossamer.techniques.quantize.cast import Cast

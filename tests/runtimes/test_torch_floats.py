@@ -25,7 +25,7 @@ from gossamer.errors import RuntimeUnavailable
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.source import Source
-from gossamer.plan.proof import CAST_TOLERANCE, EXACT_TOLERANCE
+from gossamer.plan.comparison import CAST_TOLERANCE, EXACT_TOLERANCE
 from gossamer.runtimes.base import ExportRequest
 from gossamer.runtimes.torch_floats import codes_of, pack_pairs, patterns, unpack_pairs
 from gossamer.runtimes.torch_folder import TorchFolder

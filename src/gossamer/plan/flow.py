@@ -23,9 +23,10 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
+from gossamer.plan.ranking import time_budget
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
-from gossamer.plan.search import Found, Search, prove, time_budget
+from gossamer.plan.search import Found, Search, prove
 from gossamer.recipe import Recipe
 from gossamer.run.atomic import publish_folder, readable_bytes, write_text
 from gossamer.run.team import Team, assembled, num_processes

@@ -26,9 +26,10 @@ from typing import Any
 from gossamer.errors import RunError, TechniqueError
 from gossamer.measure.size import shipped_bytes
 from gossamer.plan.budget import memory_limit, needed_bytes
+from gossamer.plan.comparison import CHECKED_VALUES
 from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
-from gossamer.plan.proof import CHECKED_VALUES, NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
+from gossamer.plan.proof import NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
 from gossamer.plan.rates import Rates, values_of
 from gossamer.plan.records import DiskUse, Forecast, Stage
 from gossamer.run.atomic import existing, readable_bytes

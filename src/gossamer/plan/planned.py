@@ -19,9 +19,10 @@ from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections
 from gossamer.plan.prepare import Inputs, identity, opened_job, prepare
 from gossamer.plan.proof import steps_recipe
+from gossamer.plan.ranking import Ranked
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import PlanResult, Tried
-from gossamer.plan.search import Menu, Ranked, too_long, unbuilt, unknown_but_for
+from gossamer.plan.search import Menu, too_long, unbuilt, unknown_but_for
 from gossamer.recipe import Recipe
 from gossamer.run.workspace import Run
 from gossamer.techniques.base import Technique

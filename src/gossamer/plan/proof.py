@@ -7,7 +7,7 @@ original), `timed` (latency in turns with the original; peak memory).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,22 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
-from gossamer.models.experts import STACKS
-from gossamer.models.levels import FORMATS
-from gossamer.models.quantized import QuantSpec
-from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.models.roles import ModelMap
 from gossamer.plan.budget import samples_memory
+from gossamer.plan.comparison import compare_outputs, compare_tensors, thinned
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
 from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
-from gossamer.runtimes.base import Runtime, StoredTensor
+from gossamer.runtimes.base import Runtime
 from gossamer.runtimes.manifest import artifact_files, copy_companions, write_manifest
-from gossamer.tasks.base import Arrays, Evaluation, RunAll, Scores, spread
+from gossamer.tasks.base import Arrays, Evaluation, Scores, spread
 from gossamer.techniques.base import Context, Decision, Technique
 from gossamer.techniques.registry import recipe_of
 
 APPLY = "apply"  # what the process that leads tells the others
 NUM_CHECKED_BATCHES = 8
 NUM_STREAMED_BATCHES = 2  # of a model that is read from disk for each pass
-CHECKED_VALUES = 1 << 21  # of one output that is compared, whole rows of its last axis
-EXACT_TOLERANCE = 1e-3  # float arithmetic in another order: 1e-6 to 1e-4 was seen
-CAST_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # a runtime may compute in 16 bits too: about ten of the format's steps
-INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by a step; see docs/concepts/proof.md
 
 
 def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
@@ -120,16 +114,6 @@ def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
     return arrays
 
 
-def thinned(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the last axis' rows [N, C] of an output, evenly spread and so few that CHECKED_VALUES are not exceeded.
-
-    A language model's logits for 8 windows of 2048 tokens and 128,000 words would be 8 GB.
-    """
-    rows = values.reshape(-1, values.shape[-1])
-    count = max(1, CHECKED_VALUES // rows.shape[1])
-    return np.ascontiguousarray(rows[[i * len(rows) // count for i in range(count)]] if len(rows) > count else rows)
-
-
 def _decision_json(decision: Decision) -> dict[str, Any]:
     return {
         "parameter": decision.parameter,
@@ -159,129 +143,6 @@ def _check(job: Job, folder: Path, decisions: list[dict[str, Any]]) -> dict[str,
         "equivalence": equivalence.model_dump(mode="json"),
         "tensors": [row.model_dump(mode="json") for row in tensors],
     }
-
-
-def compare_outputs(
-    job: Job,
-    arrays: Arrays,
-    run_all: RunAll,
-    decisions: Sequence[Mapping[str, Any]],
-) -> Equivalence:
-    """Return how an opened artifact's outputs compare with the in-memory candidate's on the kept batches.
-
-    Weight-only artifacts must agree to float rounding, those cast to 16 bits to the rounding of 16-bit arithmetic.
-    Where inputs are rounded too, a value on the border of two codes may fall to either side, so they may differ by as
-    much as half of what the recipe itself changed.
-    """
-    indices = sorted({int(name.split(".")[0]) for name in arrays})
-    found, decided, original = [], [], []
-    prefixes = [f"{index}.input." for index in indices]
-    inputs = [{n.removeprefix(p): v for n, v in arrays.items() if n.startswith(p)} for p in prefixes]
-    for index, outputs in zip(indices, run_all(inputs), strict=True):
-        found.append(thinned(outputs[job.task.output]).astype(np.float64))
-        decided.append(arrays[f"{index}.decided"].astype(np.float64))
-        original.append(arrays[f"{index}.original"].astype(np.float64))
-    spread = _rms(*(values - values.mean() for values in decided)) or 1.0
-    error = _rms(*(a - b for a, b in zip(found, decided, strict=True))) / spread
-    change = _rms(*(a - b for a, b in zip(decided, original, strict=True))) / spread
-    allowed = max((CAST_TOLERANCE[d["dtype"]] for d in decisions if d["dtype"]), default=EXACT_TOLERANCE)
-    rounded = job.runtime.rounds_inputs and any(decision["weight"] for decision in decisions)
-    if rounded or any(decision["activation"] for decision in decisions):
-        allowed = max(INTEGER_TOLERANCE, 0.5 * change)
-    same = [(a.argmax(-1) == b.argmax(-1)).mean() for a, b in zip(found, decided, strict=True)]
-    return Equivalence(
-        relative_error=error,
-        change=change,
-        allowed=allowed,
-        top1_agreement=float(np.mean(same)),
-        num_batches=len(indices),
-        passed=bool(np.isfinite(error) and error <= allowed),
-    )
-
-
-def _rms(*parts: NDArray[np.float64]) -> float:
-    total = sum(float(np.square(part).sum()) for part in parts)
-    return float(np.sqrt(total / sum(part.size for part in parts)))
-
-
-def compare_tensors(
-    job: Job, decisions: Sequence[Mapping[str, Any]], stored: Sequence[StoredTensor]
-) -> tuple[TensorRow, ...]:
-    """Return one row for each layer's parameter: what the recipe asked for beside what the file holds."""
-    by_name = {tensor.name: tensor for tensor in stored}
-    asked: dict[str, dict[str, Any]] = {}
-    for decision in decisions:
-        kept = asked.setdefault(decision["parameter"], dict(decision))
-        if decision["weight"]:  # a step before it may have changed values only
-            kept |= {"weight": decision["weight"], "activation": decision["activation"]}
-        if decision["dtype"] and not kept["weight"]:
-            kept["dtype"] = decision["dtype"]
-    rows = []
-    for layer in job.model.layers:
-        parameter = f"{layer.name}.weight"
-        if layer.tied_to is not None:
-            continue
-        wanted = asked.get(parameter)
-        tensor = by_name.get(parameter) or _in_a_stack(layer, by_name)
-        original_bytes = 4 * int(np.prod(layer.shape))
-        rows.append(
-            TensorRow(
-                parameter=parameter,
-                role=layer.role,
-                shape=layer.shape,
-                asked=_asked_text(wanted),
-                found=_found_text(tensor),
-                bytes=tensor.bytes if tensor else 0,
-                original_bytes=original_bytes,
-                activation=wanted["activation"] if wanted else "",
-                agrees=_agrees(wanted, tensor),
-            )
-        )
-    return tuple(rows)
-
-
-def _in_a_stack(layer: LayerInfo, by_name: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """Return a layer's part of the stacked tensor that holds it with others like it, or None where there is none."""
-    for name in STACKS.get(layer.role, ()):
-        stack = by_name.get(f"{layer.experts}.{name}")
-        if stack is not None:
-            share = stack.bytes * int(np.prod(layer.shape)) // int(np.prod(stack.shape))
-            return replace(stack, name=f"{layer.name}.weight", shape=layer.shape, bytes=share)
-    return None
-
-
-def _asked_text(decision: Mapping[str, Any] | None) -> str:
-    if decision is None:
-        return "unchanged"
-    weight = decision["weight"]
-    if not weight:
-        return str(decision["dtype"])
-    return str(QuantSpec.model_validate(weight))
-
-
-def _found_text(tensor: StoredTensor | None) -> str:
-    if tensor is None:
-        return "folded into another tensor"
-    if tensor.bits >= 16:
-        return tensor.dtype
-    scope = f"group {tensor.group_size}" if tensor.group_size else "per channel"
-    if tensor.dtype in FORMATS:
-        return f"{tensor.dtype} {scope}"
-    return f"{tensor.dtype} {'symmetric' if tensor.symmetric else 'asymmetric'} {scope}"
-
-
-def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> bool:
-    """Say whether the file holds what was asked: the width, and for codes the format and the grid."""
-    if decision is None or not decision["weight"]:
-        return tensor is None or tensor.bits in (16, 32)
-    if tensor is None:
-        return False
-    weight = decision["weight"]
-    group = weight["group_size"] or None
-    whole_row = group is None or tensor.group_size == group or (tensor.group_size is None and group == tensor.shape[1])
-    found_format = tensor.dtype if tensor.dtype in FORMATS else "int"
-    same = found_format == weight.get("format", "int") and tensor.bits == weight["bits"]
-    return same and tensor.symmetric == weight["symmetric"] and whole_row
 
 
 def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
