@@ -7,9 +7,12 @@ inputs (8-bit codes in blocks): llama.cpp has no other arithmetic for these type
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,23 +33,34 @@ FILE = "model.gguf"
 def quantize(job: Job) -> None:
     """Write a GGUF file."""
     work = job.out.parent
-    whole, matrix, text = work / "float32.gguf", work / "imatrix.gguf", work / "calibration.txt"
+    whole = work / "float32.gguf"
     converter = ENVIRONMENT / "llama.cpp" / "convert_hf_to_gguf.py"
     tool([sys.executable, converter, job.model, "--outfile", whole, "--outtype", "f32"])
-    windows, context = job.calibration_NT.shape
-    chosen: list[Any] = []
-    if job.recipe.get("imatrix"):
-        text.write_text(calibration_text(job), encoding="utf-8")
-        asked = ["-m", whole, "-f", text, "-o", matrix, "-c", context, "-b", context, "-ub", context]
-        with job.timed("importance matrix"), job.timed():
-            peak = tool([TOOLS / "llama-imatrix", *asked, "--chunks", windows, "-t", job.threads, "--no-ppl"])
-        job.child_peak_bytes = max(job.child_peak_bytes, peak)
-        chosen = ["--imatrix", matrix]
+    chosen = ["--imatrix", importance_matrix(job, whole)] if job.recipe.get("imatrix") else []
     with job.timed():
         peak = tool([TOOLS / "llama-quantize", *chosen, whole, job.out / FILE, job.recipe["type"], job.threads])
     job.child_peak_bytes = max(job.child_peak_bytes, peak)
-    for path in (whole, matrix, text):
-        path.unlink(missing_ok=True)
+    whole.unlink()
+
+
+def importance_matrix(job: Job, whole: Path) -> Path:
+    """Return the file of the importance matrix, which is made once for all types; each is charged with what it took."""
+    key = hashlib.sha256(f"{job.model} {job.threads}".encode() + job.calibration_NT.tobytes()).hexdigest()[:12]
+    matrix = job.out.parent.parent / f"imatrix-{key}.gguf"
+    taken, text = matrix.with_suffix(".json"), job.out.parent / "calibration.txt"
+    if not taken.exists():
+        text.write_text(calibration_text(job), encoding="utf-8")
+        windows, context = job.calibration_NT.shape
+        asked = ["-m", whole, "-f", text, "-o", matrix, "-c", context, "-b", context, "-ub", context]
+        began = time.monotonic()
+        peak = tool([TOOLS / "llama-imatrix", *asked, "--chunks", windows, "-t", job.threads, "--no-ppl"])
+        taken.write_text(json.dumps({"seconds": time.monotonic() - began, "peak": peak}))
+        text.unlink()
+    found = json.loads(taken.read_text())
+    job.seconds["importance matrix"] = found["seconds"]
+    job.seconds["quantizing"] = job.seconds.get("quantizing", 0.0) + found["seconds"]
+    job.child_peak_bytes = max(job.child_peak_bytes, found["peak"])
+    return matrix
 
 
 def calibration_text(job: Job) -> str:

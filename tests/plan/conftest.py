@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gossamer import api
 from gossamer.measure.latency import time_in_turns
 from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.plan import budget
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, opened_job, prepare
@@ -62,6 +68,30 @@ def arguments(tiny: Path, **more: Any) -> dict[str, Any]:
 def ask() -> Callable[..., dict[str, Any]]:
     """Give tests the arguments of the verbs."""
     return arguments
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny Llama in bfloat16 with a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("speaker")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    letters = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing fit: every model is read piece by piece."""
+    monkeypatch.setattr(budget, "WHOLE_COPIES", 1e9)
+    monkeypatch.setattr(budget, "LEAST_BUDGET", 0)
+    monkeypatch.setattr(budget, "SHARE_OF_WEIGHTS", 0.0)
 
 
 @dataclass

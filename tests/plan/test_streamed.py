@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gossamer.errors import GoalError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import parse_goal
@@ -37,30 +33,6 @@ from gossamer.techniques.registry import recipe_of
 
 TEXTS = ["the grid holds every weight of a group", "a code is the nearest one on the grid", "what was proven is served"]
 ROWS = [{"text": f"{number}: {text}, and {text} again"} for number in range(12) for text in TEXTS]
-
-
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a tiny Llama in bfloat16 with a byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("speaker")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    letters = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
-    letters.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing fit: every model is read piece by piece."""
-    monkeypatch.setattr(budget, "WHOLE_COPIES", 1e9)
-    monkeypatch.setattr(budget, "LEAST_BUDGET", 0)
-    monkeypatch.setattr(budget, "SHARE_OF_WEIGHTS", 0.0)
 
 
 STEPS = (Gptq(bits=4, group_size=32), Quantize(targets=("embedding",)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.models.caches import Cache
 from gossamer.models.deferred import Deferred, Outline, outline_of
 from gossamer.models.lazy import LazyWeights
 from gossamer.models.quantized import ActivationSpec, Quantized
@@ -37,6 +38,7 @@ class Candidate:
     module: nn.Module
     quantized: MutableMapping[str, Quantized] = field(default_factory=dict)
     activations: dict[str, ActivationSpec] = field(default_factory=dict)
+    caches: dict[str, Cache] = field(default_factory=dict)  # attention -> how its keys and values are kept
     dtype: torch.dtype = torch.float32
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
     routed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what holds experts -> the tokens that each saw
@@ -139,8 +141,8 @@ class Candidate:
 
     @contextmanager
     def simulated(self) -> Iterator[nn.Module]:
-        """Yield the module computing as the artifact will: layer inputs rounded to their grids."""
-        handles = []
+        """Yield the module computing as the artifact will: layer inputs, keys and values rounded to their grids."""
+        handles = [cache.simulate(self.module.get_submodule(name)) for name, cache in self.caches.items()]
         for name, spec in self.activations.items():
 
             def round_input(_: nn.Module, inputs: tuple[Tensor, ...], spec: ActivationSpec = spec) -> tuple[Any, ...]:

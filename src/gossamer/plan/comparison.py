@@ -21,6 +21,7 @@ from gossamer.tasks.base import Arrays, RunAll
 CHECKED_VALUES = 1 << 21  # of one output that is compared, whole rows of its last axis
 EXACT_TOLERANCE = 1e-3  # float arithmetic in another order: 1e-6 to 1e-4 was seen
 CAST_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # a runtime may compute in 16 bits too: about ten of the format's steps
+CACHE_TOLERANCE = 0.01  # keys and values on the border of two codes: 1e-4 was seen
 INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by a step; see docs/concepts/proof.md
 
 
@@ -58,6 +59,8 @@ def compare_outputs(
     error = _rms(*(a - b for a, b in zip(found, decided, strict=True))) / spread
     change = _rms(*(a - b for a, b in zip(decided, original, strict=True))) / spread
     allowed = max((CAST_TOLERANCE[d["dtype"]] for d in decisions if d["dtype"]), default=EXACT_TOLERANCE)
+    if any(decision.get("cache") for decision in decisions):
+        allowed = max(allowed, CACHE_TOLERANCE)
     rounded = job.runtime.rounds_inputs and any(decision["weight"] for decision in decisions)
     if rounded or any(decision["activation"] for decision in decisions):
         allowed = max(INTEGER_TOLERANCE, 0.5 * change)
@@ -83,7 +86,7 @@ def compare_tensors(
     """Return one row for each layer's parameter: what the recipe asked for beside what the file holds."""
     by_name = {tensor.name: tensor for tensor in stored}
     asked: dict[str, dict[str, Any]] = {}
-    for decision in decisions:
+    for decision in (one for one in decisions if not one.get("cache")):
         kept = asked.setdefault(decision["parameter"], dict(decision))
         if decision["weight"]:  # a step before it may have changed values only
             kept |= {"weight": decision["weight"], "activation": decision["activation"]}
@@ -110,7 +113,24 @@ def compare_tensors(
                 agrees=_agrees(wanted, tensor),
             )
         )
-    return tuple(rows)
+    return (*rows, *(_cache_row(decision, by_name) for decision in decisions if decision.get("cache")))
+
+
+def _cache_row(decision: Mapping[str, Any], by_name: Mapping[str, StoredTensor]) -> TensorRow:
+    """Return what the file holds for an attention's keys or values beside what the recipe asked for."""
+    tensor = by_name.get(decision["parameter"])
+    found = "missing" if tensor is None else tensor.dtype
+    return TensorRow(
+        parameter=decision["parameter"],
+        role="cache",
+        shape=tensor.shape if tensor else (),
+        asked=decision["cache"],
+        found=found,
+        bytes=tensor.bytes if tensor else 0,
+        original_bytes=0,
+        activation="",
+        agrees=found == decision["cache"],
+    )
 
 
 def _in_a_stack(layer: LayerInfo, by_name: Mapping[str, StoredTensor]) -> StoredTensor | None:

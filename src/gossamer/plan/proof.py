@@ -122,6 +122,7 @@ def _decision_json(decision: Decision) -> dict[str, Any]:
         "weight": decision.weight.model_dump() if decision.weight else None,
         "activation": str(decision.activation) if decision.activation else "",
         "dtype": decision.dtype,
+        "cache": str(decision.cache) if decision.cache else "",
     }
 
 
@@ -276,7 +277,10 @@ def refused_by(runtime: Runtime, model: ModelMap, decisions: Sequence[Decision])
     """Return why the runtime cannot hold one of the decisions, naming the first, or all of them together, or None."""
     floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
-        reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)
+        if decision.cache is not None:
+            reason = runtime.cache_refusal
+        else:
+            reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)
         if reason is None and decision.weight is not None:
             reason = runtime.refusal_beside(decision.weight, floats)
         if reason is not None:

@@ -78,11 +78,19 @@ class Runtime(ABC):
     keeps_16_bits: ClassVar[bool] = False  # True: weights that came in 16 bits and were not touched stay so
     streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
+    holds_caches: ClassVar[bool] = False  # True: its files say how a server keeps keys and values
     rounds_inputs: ClassVar[bool] = False  # True: its kernels round layer inputs to 8 bits, whatever the recipe says
 
     def missing(self) -> str | None:
         """Return the package that is not installed, or None when the runtime can be used here."""
         return None
+
+    @property
+    def cache_refusal(self) -> str | None:
+        """Return why files cannot say how keys and values are kept, or None when they can."""
+        if self.holds_caches:
+            return None
+        return f"files for {self.name} have no place for scales of keys and values; use --runtime torch"
 
     @abstractmethod
     def refusal(

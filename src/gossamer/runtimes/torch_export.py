@@ -136,9 +136,9 @@ def cast_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def refuse_quantized(candidate: Candidate, kind: str) -> None:
-    """Raise RuntimeUnavailable when a candidate holds codes or rounds its inputs."""
-    if candidate.quantized or candidate.activations:
-        name = next(iter(candidate.quantized or candidate.activations))
+    """Raise RuntimeUnavailable when a candidate holds codes or rounds what goes into its layers or caches."""
+    if decided := candidate.quantized or candidate.activations or candidate.caches:
+        name = next(iter(decided))
         raise RuntimeUnavailable(
             f"{name} is quantized, but {FLOATS_ONLY.format(kind)}", "use the runtime torch, onnxruntime or openvino"
         )

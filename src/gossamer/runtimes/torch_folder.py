@@ -35,6 +35,13 @@ from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
+from gossamer.runtimes.torch_caches import (
+    SUFFIXES,
+    cache_scheme,
+    simulate_caches,
+    spec_of,
+    stored_caches,
+)
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
 from gossamer.runtimes.torch_floats import float_refusal, format_of, refusal_beside
 from gossamer.runtimes.torch_parts import file_parts, not_quantized, quantized_layers
@@ -76,6 +83,7 @@ class TorchFolder(Runtime):
     files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "*.pt2")
     keeps_16_bits: ClassVar[bool] = True
     streams: ClassVar[bool] = True
+    holds_caches: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
 
     def refusal(
@@ -173,12 +181,14 @@ class TorchFolder(Runtime):
             return
         layers = quantized_layers(candidate)
         config = _config(candidate.module, candidate.dtype)
-        if layers:
+        if layers or candidate.caches:
             settings = {
                 name: (spec, activation, layout, candidate.outline(parameter).shape[1])
                 for name, (spec, activation, layout, parameter) in layers.items()
             }
-            config["quantization_config"] = lowering.quantization_config(settings, not_quantized(candidate, layers))
+            config["quantization_config"] = lowering.quantization_config(
+                settings, not_quantized(candidate, layers), cache_scheme(candidate.caches)
+            )
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         parts = file_parts(candidate, layers)
         entries = [entry for part in parts for entry in part.entries]
@@ -207,6 +217,7 @@ class TorchFolder(Runtime):
             raise ArtifactError(f"{folder} does not open: {error}", "write the artifact again") from error
         if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
             raise ArtifactError(f"{folder} lacks {len(absent)} weights, {absent[0]} first", "write the artifact again")
+        simulate_caches(module, stored_caches(folder))
         return TorchSession(module.eval(), (task.output,) if task else None)
 
     def open_streamed(self, folder: Path, *, threads: int, task: Task, budget: int) -> Session:
@@ -272,11 +283,14 @@ def read_stored(folder: Path) -> list[StoredTensor]:
         entries.update({name: (entry, path) for name, entry in header.items() if name != "__metadata__"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     targets = lowering.Targets(config.get("quantization_config", {}))
+    cache = spec_of(config)
     stored, lone_scales = [], []
     for name, (entry, _) in entries.items():
         owner, _, local = name.rpartition(".")
         settings = targets.of(owner)
-        if settings is None:
+        if cache is not None and name.endswith(SUFFIXES):
+            stored.append(StoredTensor(name, str(cache), 8, None, True, tuple(entry["shape"]), _num_bytes(entry)))
+        elif settings is None:
             stored.append(_stored_float(name, entry))
         elif local in ("weight", "weight_packed"):
             stored.append(_stored_codes(owner, settings, entries))

@@ -163,7 +163,9 @@ def input_tensors(activation: ActivationSpec, dtype: torch.dtype) -> dict[str, T
     return tensors
 
 
-def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> dict[str, Any]:
+def quantization_config(
+    layers: Mapping[str, Setting], untouched: list[str], cache_scheme: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return `quantization_config` of config.json: one group of exact module names for every distinct setting."""
     members: dict[tuple[QuantSpec, str, Layout, int], dict[str, str]] = {}
     for name, (spec, activation, layout, columns) in layers.items():
@@ -188,6 +190,7 @@ def quantization_config(layers: Mapping[str, Setting], untouched: list[str]) -> 
         format=layouts.pop() if len(layouts) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=untouched,
+        kv_cache_scheme=cache_scheme,
     )
     return {**config.model_dump(mode="json"), "version": compressed_tensors_version}
 

@@ -19,6 +19,7 @@ from gossamer.models.experts import Layout, layouts
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.shards import Entry
 from gossamer.runtimes import torch_lowering as lowering
+from gossamer.runtimes.torch_caches import cache_entries, cache_tensors
 from gossamer.runtimes.torch_floats import float_refusal, refusal_beside
 
 FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -91,6 +92,9 @@ def file_parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[Part]:
         entries = [entry for owner in owners for entry in _layer_entries(candidate, owner, layers[owner])]
         made = partial(_layer_tensors, candidate, {owner: layers[owner] for owner in owners}, parameter_name)
         parts.append(Part(entries, made))
+    for name, cache in candidate.caches.items():
+        entries = cache_entries(name, cache, candidate.dtype)
+        parts.append(Part(entries, partial(cache_tensors, name, cache, candidate.dtype)))
     return parts
 
 

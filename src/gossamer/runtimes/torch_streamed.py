@@ -27,6 +27,7 @@ from gossamer.models.shards import Shards
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.runtimes.base import Session
+from gossamer.runtimes.torch_caches import simulate_caches, stored_caches
 from gossamer.runtimes.torch_floats import read_float
 from gossamer.runtimes.torch_lowering import Targets, unpack_codes
 from gossamer.tasks.base import Arrays, Task
@@ -93,6 +94,7 @@ class StreamedSession(Session):
         self._module = source.empty_module(task, weights.shards, weights.names)
         self._stacks, _ = find_stacks(self._module)
         places = find_places(self._module, weights.names)
+        simulate_caches(self._module, stored_caches(folder))
         self._weights = LazyWeights(self._module, reader(places, weights.read, weights.shards.read_row), budget)
 
     def run(self, inputs: Arrays) -> Arrays:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gossamer.models.caches import CacheSpec
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
@@ -55,9 +56,10 @@ class Decision:
     weight: QuantSpec | None = None
     activation: ActivationSpec | None = None
     dtype: str | None = None
+    cache: CacheSpec | None = None  # of an attention's keys or values, whose scale `parameter` is then
 
     def __str__(self) -> str:
-        parts = [str(part) for part in (self.weight, self.activation, self.dtype) if part is not None]
+        parts = [str(part) for part in (self.weight, self.activation, self.dtype, self.cache) if part is not None]
         return f"{self.parameter}: {', '.join(parts)}"
 
 
