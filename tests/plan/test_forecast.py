@@ -17,10 +17,11 @@ from gossamer.plan import flow, forecast
 from gossamer.plan.candidates import Steps
 from gossamer.plan.forecast import Forecaster, artifact_bytes, check_forecast
 from gossamer.plan.job import Job
+from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Tables
 from gossamer.plan.rates import Rates, measured_rates
 from gossamer.plan.records import Forecast
-from gossamer.plan.search import Menu, too_long
+from gossamer.plan.search import too_long
 from gossamer.recipe import Recipe, Step
 from gossamer.run.journal import read_journal
 from gossamer.techniques.base import Technique

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gossamer.goal import Verdict, parse_goal
+from gossamer.plan.candidates import repaired
 from gossamer.plan.job import Job
+from gossamer.plan.menu import WAVE, Menu
 from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
 from gossamer.plan.ranking import judge_measured, judge_prediction, promise, rank, time_budget
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
-from gossamer.plan.search import WAVE, Menu, Search
+from gossamer.plan.search import Search, short_in_quality_alone
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import Technique
+from gossamer.techniques.base import SearchSpace, Technique
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
+from gossamer.techniques.quantize.tune_scales import TuneScales
 
 INT8, INT4, INT2, HALF = Quantize(bits=8), Quantize(bits=4, group_size=16), Quantize(bits=2), Cast(dtype="bf16")
 RECIPES = [(INT2,), (INT4,), (HALF,), (INT8,)]
@@ -164,6 +169,85 @@ def test_a_wave_profiles_its_steps_and_opens_what_is_known_with_them(job: Job, r
         pass
     assert sorted(map(repr, menu.open)) == sorted(map(repr, recipes))
     assert not menu.next_wave()
+
+
+# ---------------------------------------------------------------- repairs
+
+TUNED = TuneScales()
+
+
+def menu_of(goal: str, tables: Tables, job: Job, rows: int = 64) -> Menu:
+    """Return a menu of the tables' own model with every recipe profiled, and so many calibration rows."""
+    asked: Any = SimpleNamespace(model=tables.model, runtime=job.runtime, task=job.task, calibration=range(rows),
+                                 budget=None)  # fmt: skip
+    menu = Menu(asked, parse_goal(goal), tables, RECIPES)
+    menu.open, menu.waiting = list(RECIPES), []
+    return menu
+
+
+def offered(menu: Menu) -> list[tuple[Technique, ...]]:
+    return [item.steps for item in menu.ranked(Corrections())]
+
+
+def test_a_repair_leaves_its_share_of_the_divergence_and_no_byte_more(tables: Tables) -> None:
+    for likelihood in (False, True):
+        known = replace(tables, likelihood_metric=likelihood)
+        plain, repaired = predict(known, [INT4]), predict(known, [INT4, TUNED])
+        assert repaired.kl == pytest.approx(TUNED.divergence_left * plain.kl)
+        assert (repaired.size_bytes, repaired.latency_seconds) == (plain.size_bytes, plain.latency_seconds)
+        assert plain.quality_share < repaired.quality_share < 1
+    lost = (1 - predict(tables, [INT4, TUNED]).quality_share) / (1 - predict(tables, [INT4]).quality_share)
+    assert lost == pytest.approx(TUNED.divergence_left**0.5)
+
+
+def test_a_recipe_that_is_likely_only_with_its_repair_is_offered_with_it(tables: Tables, job: Job) -> None:
+    # 4 bits lose 4 % by prediction and 3.2 % repaired, and may miss by 2.3 % and 1.9 %; 8 bits are too large
+    plain = offered(menu_of("quality >= 93.5%, size <= 106%, minimize latency", tables, job))
+    assert (INT4, TUNED) not in plain  # it will do as it is
+    wanted = offered(menu_of("quality >= 94.5%, size <= 106%, minimize latency", tables, job))
+    assert wanted.index((INT4, TUNED)) < wanted.index((INT4,))
+    assert (INT4, TUNED) not in offered(menu_of("quality >= 96%, size <= 106%, minimize latency", tables, job))
+    order = offered(menu_of("quality >= 90%, size <= 200%, maximize quality", tables, job))
+    assert order[0] == (INT8, TUNED)  # where quality is all, repaired ones are looked at too
+    assert (INT2, TUNED) not in order  # hopeless either way
+    assert (TUNED,) not in order
+
+
+def test_a_recipe_that_fell_short_in_quality_is_offered_repaired_once(tables: Tables, job: Job) -> None:
+    menu = menu_of("quality >= 90%, size <= 200%", tables, job)
+    assert not any(TUNED in steps for steps in offered(menu))
+    menu.take((INT4,))
+    assert (INT4,) not in offered(menu)
+    menu.fell_short((INT4,))
+    assert (INT4, TUNED) in offered(menu)
+    menu.take((INT4, TUNED))
+    assert not any(TUNED in steps for steps in offered(menu))
+
+
+def test_no_repair_without_rows_for_it_codes_or_the_whole_model(tables: Tables, job: Job) -> None:
+    few = menu_of("quality >= 90%", tables, job, rows=31)
+    floats = menu_of("quality >= 90%", tables, job)
+    for menu, steps in ((few, (INT4,)), (floats, (HALF,))):
+        menu.fell_short(steps)
+        assert not any(TUNED in steps for steps in offered(menu))
+    pieces = menu_of("quality >= 90%", tables, job)
+    pieces.job.budget = 1  # type: ignore[misc]
+    pieces.fell_short((INT4,))
+    assert not any(TUNED in steps for steps in offered(pieces))
+
+
+def test_a_repair_stands_before_the_cast(tables: Tables, job: Job) -> None:
+    space = SearchSpace(tables.model, job.runtime, job.task, calibration_rows=64)
+    assert repaired((INT4, HALF), space) == [(INT4, TUNED, HALF)]
+    assert repaired((INT4, TUNED), space) == []
+
+
+def test_only_a_shortfall_in_quality_alone_is_repaired(tables: Tables) -> None:
+    goal = parse_goal("quality >= 99%, size <= 30%")
+    low, good = Figure(value=0.5, low=0.4, high=0.6, n=100, higher_is_better=True), Figure.exact(1, "")
+    for share, size, alone in ((low, 4000, True), (low, 6400, False), (good, 6400, False), (good, 4000, False)):
+        found = measured(tables.original, quality=share, metric=share, size=Figure.exact(size, "B"))
+        assert short_in_quality_alone(judge_measured(goal, found, tables.original)) == alone
 
 
 def tried(name: str, verdict: str, violation: float, original: Original, *, rejected: str = "") -> Tried:

@@ -40,6 +40,17 @@ def recipes(space: SearchSpace) -> list[Steps]:
     return list(found)
 
 
+def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:
+    """Return the recipe with each repair that a technique has for it, one at a time, where the order allows it."""
+    found = []
+    for technique in techniques().values():
+        step = technique.repair(steps, space)
+        arranged = _ordered([*((one,) for one in steps), (step,)]) if step is not None else None
+        if arranged is not None:
+            found.append(arranged)
+    return found
+
+
 def _rounded(steps: Sequence[Technique], model: ModelMap) -> frozenset[str]:
     """Return the parameters whose codes some steps decide."""
     decided = [decision for step in steps for decision in step.resolve(model)]

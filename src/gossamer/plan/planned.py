@@ -16,13 +16,14 @@ from gossamer.plan.forecast import Forecaster, artifact_bytes
 from gossamer.plan.gain import gain_of_twice
 from gossamer.plan.gain import in_words as gain_in_words
 from gossamer.plan.job import Job
+from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Corrections
 from gossamer.plan.prepare import Inputs, identity, opened_job, prepare
 from gossamer.plan.proof import steps_recipe
 from gossamer.plan.ranking import Ranked
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import PlanResult, Tried
-from gossamer.plan.search import Menu, too_long, unbuilt, unknown_but_for
+from gossamer.plan.search import too_long, unbuilt, unknown_but_for
 from gossamer.recipe import Recipe
 from gossamer.run.workspace import Run
 from gossamer.techniques.base import Technique

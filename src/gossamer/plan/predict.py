@@ -3,7 +3,8 @@
     size      bytes of the unchanged file + sum over parameters of (bytes in the new format - bytes as float32), exactly
     latency   latency of the unchanged model in the runtime + sum over layers (seconds(new format) - seconds(float32))
     memory    peak of the unchanged model in the runtime - float32 bytes + new bytes
-    KL        sum of the effects of the steps alone (errors of small size are nearly independent)
+    KL        sum of the effects of the steps alone (errors of small size are nearly independent), times what repairs
+              usually leave of it
     quality   a likelihood metric loses exp(-KL): the expected log-likelihood loss under the original is the KL itself;
               an accuracy loses at most the share of answers that change, which is both measured (1 - agreement) and
               bounded by sqrt(KL / 2) (Pinsker's inequality): the smaller of the two
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, log, sqrt
+from math import exp, log, prod, sqrt
 
 from gossamer.models.roles import ModelMap
 from gossamer.plan.profile import Profile, layer_formats
@@ -72,7 +73,7 @@ def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections
     decisions = [decision for step in steps for decision in step.resolve(tables.model)]
     size = predicted_bytes(tables, decisions)
     latency = predicted_latency(tables, decisions) * exp(corrections.of(format_key(decisions)))
-    kl = sum(tables.profile.effects[step].kl for step in steps)
+    kl = left_by_repairs(steps) * sum(tables.profile.effects[step].kl for step in alone(steps))
     lost = predicted_loss(tables, steps, kl) * exp(corrections.quality)
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
     return Prediction(
@@ -90,8 +91,19 @@ def predicted_loss(tables: Tables, steps: Sequence[Technique], kl: float) -> flo
     """Return the share of quality that the steps are expected to lose."""
     if tables.likelihood_metric:
         return 1 - exp(-kl)
-    changed = sum(1 - tables.profile.effects[step].agreement for step in steps)
+    changed = sum(1 - tables.profile.effects[step].agreement for step in alone(steps))
+    changed *= sqrt(left_by_repairs(steps))  # by the bound below: of answers as of the root of the divergence
     return min(changed if changed > 0 else 1.0, sqrt(kl / 2))
+
+
+def alone(steps: Sequence[Technique]) -> list[Technique]:
+    """Return the steps that have an effect of their own: all but repairs."""
+    return [step for step in steps if step.divergence_left == 1]
+
+
+def left_by_repairs(steps: Sequence[Technique]) -> float:
+    """Return the share of the other steps' divergence that the repairs among these usually leave."""
+    return prod(step.divergence_left for step in steps)
 
 
 def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:

@@ -65,8 +65,8 @@ class Profile:
     seconds: dict[LayerFormat, float]
 
     def knows(self, steps: Iterable[Technique]) -> bool:
-        """Say whether every step has been measured."""
-        return all(step in self.effects for step in steps)
+        """Say whether every step has been measured, but for repairs, which do nothing alone."""
+        return all(step in self.effects for step in steps if step.divergence_left == 1)
 
 
 def input_shapes(job: Job) -> dict[str, tuple[int, ...]]:
@@ -112,7 +112,7 @@ def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) 
     """Return the measured tables for these steps, added to what is known: effects, and times of layer formats."""
     shapes = known.shapes if known else input_shapes(job)
     effects: dict[Technique, Effect] = dict(known.effects) if known else {}
-    distinct = [step for step in dict.fromkeys(steps) if step not in effects]
+    distinct = [step for step in dict.fromkeys(steps) if step not in effects and step.divergence_left == 1]
     reference = _reference(job)
     formats: dict[LayerFormat, Path] = dict(_unchanged_layers(job, shapes))
     with job.progress.stage("effect of each step on calibration rows", len(distinct)) as advance:

@@ -38,6 +38,11 @@ def rank(goal: Goal, tables: Tables, recipes: Sequence[Steps], corrections: Corr
         measured_kind = format_key(decisions) in corrections.latency
         found = promise(goal, prediction, tables.original, measured_kind=measured_kind)
         ranked.append(Ranked(steps, prediction, found))
+    return in_order(goal, ranked)
+
+
+def in_order(goal: Goal, ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Return ranked recipes, most promising first."""
     return sorted(ranked, key=lambda item: _order(goal, item))
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gossamer.errors import ArtifactError, MeasureError, RecipeError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import Goal, Judgement, Verdict, binding, overall, violation
@@ -20,17 +20,12 @@ from gossamer.measure.statistics import needed_samples
 from gossamer.plan.candidates import Steps, name_of
 from gossamer.plan.forecast import Forecaster
 from gossamer.plan.job import Job
+from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Corrections, Tables, format_key, predict, predicted_bytes
-from gossamer.plan.profile import profile
 from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
-from gossamer.plan.ranking import HOPELESS, LIKELY, Ranked, judge_measured, original_values, rank
+from gossamer.plan.ranking import HOPELESS, Ranked, judge_measured
 from gossamer.plan.records import ExpertTokens, Judged, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import Decision
-
-WAVE = 12  # recipes that are profiled together
-STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
-COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
 @dataclass(frozen=True)
@@ -42,89 +37,6 @@ class Found:
     chosen: int | None
     verdict: Verdict
     reason: str
-
-
-class Menu:
-    """Hold the recipes that may be tried: those that fit what can be counted, profiled wave by wave, gentlest first.
-
-    `refusal` says of a recipe why it cannot be carried out (memory, disk, time), empty where it can; it is asked before
-    anything is spent on it, and `left_out` keeps the answers.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        goal: Goal,
-        tables: Tables,
-        recipes: Sequence[Steps],
-        refusal: Callable[[Steps], str] = lambda _: "",
-    ) -> None:
-        self.job = job
-        self.goal = goal
-        self.tables = tables
-        self.refusal = refusal
-        self.left_out: dict[Steps, str] = {}
-        sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
-        fitting = [steps for steps in sized if self._fits(steps)]
-        self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
-        self.open: list[Steps] = []
-
-    def next_wave(self) -> bool:
-        """Profile the next recipes; return False when none is waiting."""
-        size = WAVE if self.job.budget is None else STREAMED_WAVE
-        wave: list[Steps] = []
-        while self.waiting and len(wave) < size:
-            steps = self.waiting.pop(0)
-            if self.possible(steps):
-                wave.append(steps)
-        if not wave:
-            return False
-        parts = [step for steps in wave for step in steps]
-        self.tables = replace(self.tables, profile=profile(self.job, parts, self.tables.profile))
-        now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
-        self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
-        self.open += [*wave, *now_known]
-        return True
-
-    def possible(self, steps: Steps) -> bool:
-        """Say whether a recipe can be carried out now; one that cannot is left out from here on."""
-        if why := self.refusal(steps):
-            self.left_out[steps] = why
-        return not why
-
-    def ranked(self, corrections: Corrections) -> list[Ranked]:
-        """Return the profiled recipes that were not taken yet, most promising first."""
-        return rank(self.goal, self.tables, self.open, corrections)
-
-    def wants_more(self, ranked: Sequence[Ranked]) -> bool:
-        """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
-
-        With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
-        """
-        if all(item.promise < HOPELESS for item in ranked):
-            return True
-        likely = [item for item in ranked if item.promise >= LIKELY]
-        last = set(self.open[-WAVE:])
-        rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
-        return rewards and any(item.steps in last for item in likely)
-
-    def _decisions(self, steps: Steps) -> list[Decision]:
-        return [decision for step in steps for decision in step.resolve(self.job.model)]
-
-    def _bytes(self, steps: Steps) -> int:
-        return predicted_bytes(self.tables, self._decisions(steps))
-
-    def _fits(self, steps: Steps) -> bool:
-        """Say whether a recipe meets the bounds on what can be counted."""
-        values = {"size": float(self._bytes(steps))}
-        originals = original_values(self.tables.original)
-        for constraint in self.goal.constraints:
-            if constraint.quantity in COUNTED:
-                value = values.get(constraint.quantity, originals[constraint.quantity])
-                share = value / originals[constraint.quantity] if constraint.relative else value
-                if share > constraint.bound:
-                    return False
-        return True
 
 
 class Search:
@@ -165,13 +77,15 @@ class Search:
             if self.tried and deadline is not None and time.monotonic() > deadline:
                 stop = "the time is spent"
                 break
-            menu.open.remove(best.steps)
+            menu.take(best.steps)
             if not menu.possible(best.steps):
                 self.job.progress.say(f"{name_of(best.steps)} is left out: it {menu.left_out[best.steps]}")
                 continue
             self._try(best)
             if self.tried[-1].verdict == Verdict.PASS:
                 break
+            if not self.tried[-1].rejected and short_in_quality_alone(self.judgements[-1]):
+                menu.fell_short(best.steps)
         not_tried = [self._as_untried(item) for item in menu.ranked(self.corrections)]
         left_out = [unbuilt(self.tables, steps, f"it {why}") for steps, why in menu.left_out.items()]
         if left_out and not self.tried:
@@ -250,6 +164,12 @@ class Search:
                     return f"; about {needed} more samples needed"
                 return "; more samples are not expected to help"
         return ""
+
+
+def short_in_quality_alone(judgements: Sequence[Judgement]) -> bool:
+    """Say whether every bound is met but those on quality, of which one is not."""
+    missed = {one.constraint.quantity for one in judgements if one.verdict is not Verdict.PASS}
+    return missed == {"quality"}
 
 
 def too_long(seconds: float, left: float) -> str:

@@ -106,6 +106,7 @@ class Technique(BaseModel, ABC):
     name: ClassVar[str]  # the key in a recipe
     family: ClassVar[str]  # quantize, prune, distill, adapt
     needs: ClassVar[Needs]
+    divergence_left: ClassVar[float] = 1.0  # of a repair: the share that it usually leaves of what earlier steps made
 
     @abstractmethod
     def resolve(self, model: ModelMap) -> list[Decision]:
@@ -122,6 +123,16 @@ class Technique(BaseModel, ABC):
 
         A run may hold steps of other techniques that this one leaves to them (embeddings, say).
         """
+
+    @classmethod
+    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+        """Return a step that brings back quality which `steps` lost, at the same bytes; None where it has none.
+
+        Asked for recipes that fall short in quality alone. Whoever returns a step says in `divergence_left` what it is
+        worth, and `candidates` does not yield it.
+        """
+        del steps, space
+        return None
 
     def rows_needed(self) -> int:
         """Return how many calibration rows this step cannot do without, with the settings that it has."""

@@ -53,6 +53,8 @@ class TuneScales(Technique):
         before=("cast",),
     )
 
+    divergence_left: ClassVar[float] = 0.65
+
     samples: int = Field(128, ge=MIN_SAMPLES, description="calibration samples that are used; one in 8 only judges")
     epochs: int = Field(2, ge=1, description="how often each sample is seen")
     batch_size: int = Field(4, ge=1, description="samples of one step")
@@ -102,8 +104,16 @@ class TuneScales(Technique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: it takes minutes, so it is carried out where a recipe asks for it."""
+        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
         yield from ()
+
+    @classmethod
+    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+        """Return the step with its defaults for a recipe that rounds something, where there are samples enough."""
+        rounds = any(decision.weight is not None for step in steps for decision in step.resolve(space.model))
+        if not rounds or space.calibration_rows < 4 * MIN_SAMPLES or any(isinstance(step, cls) for step in steps):
+            return None
+        return cls.model_validate({})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""The recipes that may be tried, and which of them are looked at: in waves, gentlest first, and with repairs.
+
+A recipe that falls short in quality alone is looked at again with each repair that a technique has for it
+(`Technique.repair`): after it was tried, or beforehand where it is not likely to pass and is with the repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from gossamer.goal import Goal
+from gossamer.plan.candidates import Steps, repaired
+from gossamer.plan.job import Job
+from gossamer.plan.predict import Corrections, Tables, predicted_bytes
+from gossamer.plan.profile import profile
+from gossamer.plan.ranking import HOPELESS, LIKELY, Ranked, in_order, original_values, rank
+from gossamer.techniques.base import Decision, SearchSpace
+
+WAVE = 12  # recipes that are profiled together
+STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
+COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
+
+
+class Menu:
+    """Hold the recipes that may be tried: those that fit what can be counted, profiled wave by wave, gentlest first.
+
+    `refusal` says of a recipe why it cannot be carried out (memory, disk, time), empty where it can; it is asked before
+    anything is spent on it, and `left_out` keeps the answers.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        goal: Goal,
+        tables: Tables,
+        recipes: Sequence[Steps],
+        refusal: Callable[[Steps], str] = lambda _: "",
+    ) -> None:
+        self.job = job
+        self.goal = goal
+        self.tables = tables
+        self.refusal = refusal
+        self.left_out: dict[Steps, str] = {}
+        sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
+        fitting = [steps for steps in sized if self._fits(steps)]
+        self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
+        self.open: list[Steps] = []
+        self.short: list[Steps] = []  # tried, and short in quality alone
+        self.repaired: dict[Steps, list[Steps]] = {}  # recipe -> it with each repair that there is
+        self.taken: set[Steps] = set()
+
+    def next_wave(self) -> bool:
+        """Profile the next recipes; return False when none is waiting."""
+        size = WAVE if self.job.budget is None else STREAMED_WAVE
+        wave: list[Steps] = []
+        while self.waiting and len(wave) < size:
+            steps = self.waiting.pop(0)
+            if self.possible(steps):
+                wave.append(steps)
+        if not wave:
+            return False
+        parts = [step for steps in wave for step in steps]
+        self.tables = replace(self.tables, profile=profile(self.job, parts, self.tables.profile))
+        now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
+        self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
+        self.open += [*wave, *now_known]
+        return True
+
+    def possible(self, steps: Steps) -> bool:
+        """Say whether a recipe can be carried out now; one that cannot is left out from here on."""
+        if why := self.refusal(steps):
+            self.left_out[steps] = why
+        return not why
+
+    def ranked(self, corrections: Corrections) -> list[Ranked]:
+        """Return the profiled recipes that were not taken yet, most promising first."""
+        ranked = rank(self.goal, self.tables, self.open, corrections)
+        wanted = [*self.short, *(item.steps for item in ranked if self._wants_repair(item))]
+        repaired = dict.fromkeys(twin for steps in wanted for twin in self._repaired(steps) if twin not in self.taken)
+        of_short = {twin for steps in self.short for twin in self._repaired(steps)}
+        twins = [
+            item
+            for item in rank(self.goal, self.tables, list(repaired), corrections)
+            if item.promise >= LIKELY or item.steps in of_short
+        ]
+        return in_order(self.goal, [*ranked, *twins]) if twins else ranked
+
+    def take(self, steps: Steps) -> None:
+        """Take a recipe off the menu."""
+        self.taken.add(steps)
+        if steps in self.open:
+            self.open.remove(steps)
+
+    def fell_short(self, steps: Steps) -> None:
+        """Note that a recipe was tried and met every bound but that on quality: its repairs are worth a try."""
+        self.short.append(steps)
+
+    def _wants_repair(self, item: Ranked) -> bool:
+        """Say whether an untried recipe is looked at with repairs too: where it is not likely, or quality is all."""
+        objective = self.goal.objective
+        if objective is not None and objective.quantity == "quality":
+            return item.promise >= LIKELY
+        bounded = any(constraint.quantity == "quality" for constraint in self.goal.constraints)
+        return bounded and item.promise < LIKELY
+
+    def _repaired(self, steps: Steps) -> list[Steps]:
+        if self.job.budget is not None:
+            return []  # repairs need the model whole
+        if steps not in self.repaired:
+            rows = len(self.job.calibration)
+            space = SearchSpace(self.job.model, self.job.runtime, self.job.task, calibration_rows=rows)
+            self.repaired[steps] = repaired(steps, space)
+        return self.repaired[steps]
+
+    def wants_more(self, ranked: Sequence[Ranked]) -> bool:
+        """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
+
+        With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
+        """
+        if all(item.promise < HOPELESS for item in ranked):
+            return True
+        likely = [item for item in ranked if item.promise >= LIKELY]
+        last = set(self.open[-WAVE:])
+        last |= {twin for steps in last for twin in self.repaired.get(steps, [])}
+        rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
+        return rewards and any(item.steps in last for item in likely)
+
+    def _decisions(self, steps: Steps) -> list[Decision]:
+        return [decision for step in steps for decision in step.resolve(self.job.model)]
+
+    def _bytes(self, steps: Steps) -> int:
+        return predicted_bytes(self.tables, self._decisions(steps))
+
+    def _fits(self, steps: Steps) -> bool:
+        """Say whether a recipe meets the bounds on what can be counted."""
+        values = {"size": float(self._bytes(steps))}
+        originals = original_values(self.tables.original)
+        for constraint in self.goal.constraints:
+            if constraint.quantity in COUNTED:
+                value = values.get(constraint.quantity, originals[constraint.quantity])
+                share = value / originals[constraint.quantity] if constraint.relative else value
+                if share > constraint.bound:
+                    return False
+        return True
