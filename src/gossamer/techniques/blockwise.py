@@ -139,6 +139,8 @@ class Block:
         """
         owners = {name: self.candidate.module.get_submodule(name.rpartition(".")[0]) for name in self.inside}
         layers = {name: layer for name, layer in owners.items() if has_moments(layer)}
+        if not layers:
+            return {}  # no pass for nothing
         with self.in_memory(), computing(self.dtype):
             found = summed(self.team, self.share, lambda part: observe(layers, self.passes(part)), self.owners)
         self.routed = tokens_of_experts([decision.layer for decision in self.inside.values()], found)

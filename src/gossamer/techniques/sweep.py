@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gossamer.errors import TechniqueError
+from gossamer.models.attention import fused_attention
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap, Stack
 from gossamer.models.spilled import Lazy
@@ -84,6 +85,7 @@ class Sweep:
         live, reference = Stream(), Stream()
         with (
             self.candidate.simulated(),
+            fused_attention(self.candidate.module),
             torch.no_grad(),
             self.context.progress.stage(f"{self.technique.name}: blocks", len(places) + 1) as advance,
         ):

@@ -48,21 +48,24 @@ def descend(
 
     >>> descend(weight_OI, moments.second_II, gptq(weight_OI, moments.second_II, spec), passes=2)  # doctest: +SKIP
     """
-    spec, scale_OG, codes_OI = start.spec, start.scale.float(), start.codes.float()
+    spec, codes_IO = start.spec, start.codes.t().float().contiguous()
+    scale_GO = start.scale.t().float().contiguous()
     keep_OI = weight_OI != 0 if keep_OI is None else keep_OI
+    keep_IO = None if bool(keep_OI.all()) else keep_OI.t().contiguous()
 
     def move(channel: int, way_O: Tensor) -> Tensor:
-        code_O, scale_O = codes_OI[:, channel], scale_OG[:, channel // start.group_size]
+        code_O, scale_O = codes_IO[channel], scale_GO[channel // start.group_size]
         step_O = spec.steps(code_O)
         best_O = spec.nearest(step_O + way_O / scale_O)
-        best_O = torch.where(keep_OI[:, channel], best_O, code_O)
+        if keep_IO is not None:
+            best_O = torch.where(keep_IO[channel], best_O, code_O)
         moved_O = (spec.steps(best_O) - step_O) * scale_O
-        codes_OI[:, channel] = best_O
+        codes_IO[channel] = best_O
         return moved_O
 
     change_OI = weight_OI.float() - rows_of(start.dequantize(), start.transposed)
     _walk(change_OI, second_II, move, passes=passes, damping=damping, block=block)
-    return replace(start, codes=codes_OI.to(torch.int8))
+    return replace(start, codes=codes_IO.to(torch.int8).t().contiguous())
 
 
 def descend_values(
@@ -78,15 +81,15 @@ def descend_values(
 
     >>> descend_values(weight_OI, moments.second_II, sparsegpt(weight_OI, moments.second_II, 0.5))  # doctest: +SKIP
     """
-    values_OI, keep_OI = start_OI.float().clone(), start_OI != 0
+    values_IO, keep_IO = start_OI.t().float().contiguous(), (start_OI != 0).t().contiguous()
 
     def move(channel: int, way_O: Tensor) -> Tensor:
-        moved_O = way_O * keep_OI[:, channel]
-        values_OI[:, channel] += moved_O
+        moved_O = way_O * keep_IO[channel]
+        values_IO[channel] += moved_O
         return moved_O
 
-    _walk(weight_OI.float() - values_OI, second_II, move, passes=passes, damping=damping, block=block)
-    return values_OI
+    _walk(weight_OI.float() - start_OI.float(), second_II, move, passes=passes, damping=damping, block=block)
+    return values_IO.t().contiguous()
 
 
 def _walk(change_OI: Tensor, second_II: Tensor, move: Move, *, passes: int, damping: float, block: int) -> None:
@@ -98,16 +101,16 @@ def _walk(change_OI: Tensor, second_II: Tensor, move: Move, *, passes: int, damp
     excited_I = (undamped_I > 0).tolist()
     diagonal_I += damping * undamped_I.mean()  # in place, since a copy may be as large as all else; put back below
     try:
-        against_OI = change_OI @ damped_II
+        against_IO = damped_II @ change_OI.t()  # one row for each channel: what is done for it is done in one stretch
         for _ in range(passes):
             for first in range(0, num_inputs, block):
                 here = slice(first, min(first + block, num_inputs))
-                here_Ob, inside_bb = against_OI[:, here].clone(), damped_II[here, here]
-                moved_Ob = torch.zeros_like(here_Ob)
+                here_bO, inside_bb = against_IO[here].clone(), damped_II[here, here]
+                moved_bO, pivots_b = torch.zeros_like(here_bO), inside_bb.diagonal().tolist()
                 for j, channel in enumerate(range(here.start, here.stop)):
                     if excited_I[channel]:
-                        moved_Ob[:, j] = move(channel, here_Ob[:, j] / inside_bb[j, j])
-                        here_Ob.addr_(moved_Ob[:, j], inside_bb[j], alpha=-1.0)
-                against_OI.addmm_(moved_Ob, damped_II[here], alpha=-1.0)
+                        moved_bO[j] = move(channel, here_bO[j] / pivots_b[j])
+                        here_bO.addr_(inside_bb[j], moved_bO[j], alpha=-1.0)
+                against_IO.addmm_(damped_II[here].t(), moved_bO, alpha=-1.0)
     finally:
         diagonal_I.copy_(undamped_I)

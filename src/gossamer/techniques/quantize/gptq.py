@@ -84,37 +84,42 @@ def gptq(
     if order == "static":
         channels = torch.argsort(second_II.diagonal(), descending=True, stable=True)
     factor_II = inverse_factor(second_II, damping, name, channels)
-    rows_OI = weight_OI.float()[:, channels]
+    # one row for each channel, in the order that they are taken: what is done for a channel is done in one stretch
+    rows_IO = weight_OI.t()[channels].float()
+    zero_IO = rows_IO == 0 if bool((weight_OI == 0).any()) else None
     # what an error of one channel costs once all others have made up for it: 1 / (S^-1)_jj, and S^-1 = U^T U
     importance_I = torch.empty(num_inputs)
     importance_I[channels] = 1 / factor_II.square().sum(0)
     unit = scale_unit(weight_OI, spec)
     grid = _grids(weight_OI.float(), spec, importance_I.view(-1, group_size), scale, unit)
-    codes_OI = torch.empty(num_rows, num_inputs)
+    scale_GO, zero_GO = (part.t().contiguous() for part in grid)
+    codes_IO = torch.empty(num_inputs, num_rows)
     for start in range(0, num_inputs, block):
         stop = min(start + block, num_inputs)
-        here_Ob, factor_bb = rows_OI[:, start:stop], factor_II[start:stop, start:stop]
-        errors_Ob = torch.empty_like(here_Ob)
+        here_bO, factor_bb = rows_IO[start:stop], factor_II[start:stop, start:stop]
+        errors_bO, pivots_b = torch.empty_like(here_bO), factor_bb.diagonal().tolist()
         for j in range(stop - start):
             channel = int(channels[start + j])
             group = channel // group_size
             if order == "none" and spec.group_size and channel % group_size == 0:
-                present_Og = _present(rows_OI, errors_Ob, factor_II, start, j, group_size)
-                fresh = _grids(present_Og, spec, importance_I[channel : channel + group_size][None], scale, unit)
-                grid[0][:, group], grid[1][:, group] = fresh[0][:, 0], fresh[1][:, 0]
-            scale_O, zero_O = grid[0][:, group], grid[1][:, group]
-            weight_O = here_Ob[:, j]
+                present_gO = _present(rows_IO, errors_bO, factor_II, start, j, group_size)
+                weights_g = importance_I[channel : channel + group_size][None]
+                fresh = _grids(present_gO.t(), spec, weights_g, scale, unit)
+                scale_GO[group], zero_GO[group] = fresh[0][:, 0], fresh[1][:, 0]
+            scale_O, zero_O = scale_GO[group], zero_GO[group]
+            weight_O = here_bO[j]
             code_O = spec.nearest(weight_O / scale_O, zero_O)
-            code_O = torch.where(weight_OI[:, channel] == 0, zero_O, code_O)
-            codes_OI[:, channel] = code_O
-            error_O = (weight_O - (spec.steps(code_O) - zero_O) * scale_O) / factor_bb[j, j]
-            here_Ob[:, j + 1 :].addr_(error_O, factor_bb[j, j + 1 :], alpha=-1.0)
-            errors_Ob[:, j] = error_O
-        rows_OI[:, stop:].addmm_(errors_Ob, factor_II[start:stop, stop:], alpha=-1.0)
+            if zero_IO is not None:
+                code_O = torch.where(zero_IO[start + j], zero_O, code_O)
+            codes_IO[channel] = code_O
+            error_O = (weight_O - (spec.steps(code_O) - zero_O) * scale_O) / pivots_b[j]
+            here_bO[j + 1 :].addr_(factor_bb[j, j + 1 :], error_O, alpha=-1.0)
+            errors_bO[j] = error_O
+        rows_IO[stop:].addmm_(factor_II[start:stop, stop:].t(), errors_bO, alpha=-1.0)
     return Quantized(
-        codes=codes_OI.to(torch.int8),
-        scale=grid[0].to(spec.scale_dtype).contiguous(),  # exact: the grids are of scales that files hold
-        zero_point=None if spec.symmetric else grid[1].to(torch.int8).contiguous(),
+        codes=codes_IO.to(torch.int8).t().contiguous(),
+        scale=scale_GO.t().to(spec.scale_dtype).contiguous(),  # exact: the grids are of scales that files hold
+        zero_point=None if spec.symmetric else zero_GO.t().to(torch.int8).contiguous(),
         spec=spec,
         shape=shape if shape is not None else tuple(weight_OI.shape),
         transposed=transposed,
@@ -183,16 +188,16 @@ def output_error(weight_OI: Tensor, approximate_OI: Tensor, second_II: Tensor) -
     return float(((difference_OI @ second_II.double()) * difference_OI).sum())
 
 
-def _present(rows_OI: Tensor, errors_Ob: Tensor, factor_II: Tensor, start: int, j: int, group_size: int) -> Tensor:
-    """Return the next group's weights with every update applied, also those that wait for the end of the block."""
+def _present(rows_IO: Tensor, errors_bO: Tensor, factor_II: Tensor, start: int, j: int, group_size: int) -> Tensor:
+    """Return the next group's weights [g, O] with every update applied, also those that wait for the block's end."""
     first = start + j
-    block = errors_Ob.shape[1]
+    block = errors_bO.shape[0]
     inside = min(group_size, block - j)  # updates within the block have been made already
-    present_Og = rows_OI[:, first : first + group_size].clone()
+    present_gO = rows_IO[first : first + group_size].clone()
     if inside < group_size and j:
         waiting = factor_II[start : start + j, first + inside : first + group_size]
-        present_Og[:, inside:].addmm_(errors_Ob[:, :j], waiting, alpha=-1.0)
-    return present_Og
+        present_gO[inside:].addmm_(waiting.t(), errors_bO[:j], alpha=-1.0)
+    return present_gO
 
 
 def _grids(

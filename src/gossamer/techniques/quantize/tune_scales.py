@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.measure.machine import multiplies_bf16
+from gossamer.models.attention import fused_attention
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
@@ -93,11 +94,12 @@ class TuneScales(Technique):
     def _fitted(self, candidate: Candidate, context: Context) -> dict[str, Quantized]:
         """Return the codes with the scales that are kept: those that were found, or those that were there."""
         tuning = Tuning.of(self, candidate, context)
-        before = tuning.judge(context.progress)
-        found = tuning.run(context, candidate.applied)
-        for name, codes in found.items():
-            candidate.set_quantized(name, codes)
-        after = tuning.judge(context.progress)
+        with fused_attention(tuning.network), fused_attention(tuning.original):
+            before = tuning.judge(context.progress)
+            found = tuning.run(context, candidate.applied)
+            for name, codes in found.items():
+                candidate.set_quantized(name, codes)
+            after = tuning.judge(context.progress)
         verdict = "" if after < before else ": the scales stay as they were"
         context.progress.say(f"divergence on samples held back: {before:.2e} before, {after:.2e} after{verdict}")
         return found if after < before else dict(tuning.start)
