@@ -74,7 +74,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
     "openvino": Environment(((TRANSFORMERS, ACCELERATE, "openvino==2026.4.1", "nncf==3.4.0"),)),
     "autoround": Environment(((ACCELERATE, "auto-round==0.16.1"),)),
     "llmcompressor": Environment((("llmcompressor==0.14.0.1",),)),
-    "gptqmodel": Environment((("gptqmodel==7.7.0",),)),
+    "gptqmodel": Environment((("gptqmodel==7.6.0",),)),
     "llamacpp": Environment(
         (
             (TRANSFORMERS, "gguf==0.19.0", "sentencepiece", "scikit-build-core", "cmake"),

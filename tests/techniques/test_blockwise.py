@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +89,8 @@ def test_blocks_called_one_after_another_are_the_model(family: Callable[[], nn.M
         # the whole model, every block answered from the stream
         found: list[Tensor] = []
         walker.forward = lambda module, inputs: found.append(run_model(module, inputs))
-        assert len(list(walker.replay(stream))) == len(samples)
+        for position in range(len(samples)):
+            walker.replay(stream, position)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert all(type(part).__name__ != "_StandIn" for part in network.modules())  # every block is back in its place
@@ -108,7 +110,7 @@ def test_moments_are_sums_over_tokens_and_shared_by_readers_of_one_tensor() -> N
     torch.manual_seed(0)
     reads = Reads()
     passes = [(torch.randn(2, 5, 4), torch.randn(1, 2, 6, 6)) for _ in range(3)]
-    found = observe(dict(reads.named_children()), (reads(*inputs) for inputs in passes))
+    found = observe(dict(reads.named_children()), (partial(reads, *inputs) for inputs in passes))
     assert found["q"] is found["k"]
     assert found["other"] is not found["q"]
     rows = np.concatenate([x.reshape(-1, 4).numpy() for x, _ in passes]).astype(np.float64)
@@ -123,6 +125,25 @@ def test_moments_are_sums_over_tokens_and_shared_by_readers_of_one_tensor() -> N
     wanted = sum(float(y.square().sum()) for y in outputs) / found["conv"].num_tokens
     flat = change.flatten(1)
     assert float((flat @ found["conv"].second_II * flat).sum()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_pass_ends_where_all_was_seen_unless_layers_are_called_now_and_then() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.ended = nn.Linear(2, 2), nn.Linear(2, 2), 0
+
+        def forward(self, x: Tensor, times: int) -> None:
+            for _ in range(times):
+                x = self.second(self.first(x))
+            self.ended += 1
+
+    for times, ended in (([1, 1, 1], 1), ([2, 1, 1], 3), ([0, 1, 2], 3)):
+        chain = Chain()
+        layers = {"first": chain.first, "second": chain.second}
+        found = observe(layers, (partial(chain, torch.ones(1, 2), count) for count in times))
+        assert chain.ended == ended
+        assert [found[name].num_tokens for name in layers] == [sum(times)] * 2
 
 
 def test_each_token_counts_by_its_own_size() -> None:

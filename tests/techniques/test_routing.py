@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_moments_of_each_expert_are_those_of_a_slow_loop(family: Any) -> None:
     layers = {name: part for name, part in block.experts.named_modules() if isinstance(part, torch.nn.Linear)}
     handle = block.experts.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
-        found = observe(layers, (model(row[None]) for row in ids(4)))
+        found = observe(layers, (partial(model, row[None]) for row in ids(4)))
     handle.remove()
     states, chosen = torch.cat([s for s, _ in seen]), torch.cat([c for _, c in seen])
     gate_name, down_name = ("w1", "w2") if "0.w1" in layers else ("gate_proj", "down_proj")

@@ -201,6 +201,11 @@ class Quantized:
         values: Tensor = (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
         return values
 
+    def rows(self, first: int, last: int, shape: tuple[int, ...], *, transposed: bool = False) -> Quantized:
+        """Return the codes of some rows, as those of a parameter of its own."""
+        zero_point = None if self.zero_point is None else self.zero_point[first:last]
+        return Quantized(self.codes[first:last], self.scale[first:last], zero_point, self.spec, shape, transposed)
+
 
 def rows_of(weight: Tensor, transposed: bool = False) -> Tensor:
     """Return a parameter of any rank as a matrix [O, I]: one row per output channel."""

@@ -9,7 +9,7 @@ one. The cost is the stem's, and no architecture is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -132,13 +132,11 @@ class Walker:
                 f"{stack.name}.{keys[index]} is not called by the model's forward", "name it in `ignore`"
             )
 
-    def replay(self, stream: Stream, positions: Iterable[int] | None = None) -> Iterator[Any]:
-        """Yield each sample's output with all finished stacks answering from the stream: only the rest computes."""
-        for position in range(len(self.samples)) if positions is None else positions:
-            with ExitStack() as entered:
-                self._replay_finished(entered, stream, position)
-                output = self.forward(self.module, self.samples[position])
-            yield output
+    def replay(self, stream: Stream, position: int) -> Any:
+        """Return a sample's output with all finished stacks answering from the stream: only the rest computes."""
+        with ExitStack() as entered:
+            self._replay_finished(entered, stream, position)
+            return self.forward(self.module, self.samples[position])
 
     def outputs(
         self, stacks: Sequence[Stack], held: Callable[[nn.Module], AbstractContextManager[None]]
@@ -153,7 +151,8 @@ class Walker:
                 with held(block):
                     stream.outputs = [call(block) for call in calls]
             stream.finish(stack.name)
-        yield from self.replay(stream)
+        for position in range(len(self.samples)):
+            yield self.replay(stream, position)
 
     def _replay_finished(self, entered: ExitStack, stream: Stream, position: int) -> None:
         for name, outputs in stream.finished.items():

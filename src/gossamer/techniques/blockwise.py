@@ -22,8 +22,8 @@ the layers of each block, and find what one would (`sweep_shared.py`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,34 +51,46 @@ PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: i
 SHARED_INPUTS = frozenset(("k", "v", "up", "expert_up"))
 
 
-def observe(layers: Mapping[str, nn.Module], passes: Iterator[Any]) -> dict[str, Moments]:
+class _AllSeen(Exception):  # not an error: nothing that the pass would still compute is looked at
+    pass
+
+
+def observe(layers: Mapping[str, nn.Module], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments]:
     """Return the moments of the inputs of some layers over some passes, which are run here.
 
     Layers that are given one and the same tensor (queries, keys and values) share one Moments. A layer that no pass
-    reaches is missing in the result.
+    reaches is missing in the result. Passes end where the last of the layers is given its input, if the first of them
+    gave each layer one input (experts may be given none, others several).
     """
     found: dict[str, Moments] = {}
     first: dict[tuple[int, str], str] = {}  # within one pass: input and patches -> the layer that counted it
     kept: list[Tensor] = []  # inputs of this pass stay alive, so that no id is given twice
+    given: list[str] = []  # in this pass
+    last: str | None = None
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        values = inputs[0]
+        kept.append(values)
+        given.append(name)
+        leader = first.setdefault((id(values), _patches(module)), name)
+        if leader == name or found.setdefault(name, found[leader]) is not found[leader]:
+            rows = layer_inputs(module, values)
+            if name not in found:
+                found[name] = Moments.empty(rows.shape[-1])
+            found[name].add(rows)
+        if name == last:
+            raise _AllSeen
+
     with ExitStack() as hooks:
         for name, layer in layers.items():
-
-            def note(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                values = inputs[0]
-                kept.append(values)
-                leader = first.setdefault((id(values), _patches(module)), name)
-                if leader != name and found.setdefault(name, found[leader]) is found[leader]:
-                    return
-                rows = layer_inputs(module, values)
-                if name not in found:
-                    found[name] = Moments.empty(rows.shape[-1])
-                found[name].add(rows)
-
-            handle = layer.register_forward_pre_hook(note)
-            hooks.callback(handle.remove)
-        for _ in passes:
-            first.clear()
-            kept.clear()
+            hooks.callback(layer.register_forward_pre_hook(partial(note, name=name)).remove)
+        for number, run in enumerate(passes):
+            with suppress(_AllSeen):
+                run()
+            if number == 0 and sorted(given) == sorted(layers):
+                last = given[-1]
+            for seen in (first, kept, given):
+                seen.clear()
     return found
 
 
@@ -103,7 +115,7 @@ class Block:
     decisions: Mapping[str, Decision]  # by parameter name: what is solved here
     inside: Mapping[str, Decision]  # and all that any process solves
     candidate: Candidate
-    passes: Callable[[range], Iterator[Any]]
+    passes: Callable[[range], Iterable[Callable[[], Any]]]
     share: Share
     owners: Mapping[str, int]
     team: Team
@@ -127,7 +139,7 @@ class Block:
         candidate: Candidate,
     ) -> Block:
         """Return a block that this process solves by itself, outside of a sweep."""
-        passes = lambda part: (call(module) for call in calls[part.start : part.stop])  # noqa: E731
+        passes = lambda part: (partial(call, module) for call in calls[part.start : part.stop])  # noqa: E731
         share, owners = share_of(len(calls), ALONE), dict.fromkeys(decisions, 0)
         return cls(name, module, calls, targets, decisions, decisions, candidate, passes, share, owners, ALONE)
 
@@ -264,7 +276,7 @@ def _moment_bytes(decision: Decision) -> int:
 class BlockTechnique(Technique):
     """A technique that solves one block at a time from calibration samples: `solve` is all that it adds."""
 
-    samples: int = Field(128, ge=1, description="calibration samples that are used, evenly spread over those given")
+    samples: int = Field(64, ge=1, description="calibration samples that are used, evenly spread over those given")
     calibration_dtype: CalibrationDtype = Field(
         "auto",
         description="what samples pass blocks in: bfloat16 where that is faster and cannot be told, or as set",

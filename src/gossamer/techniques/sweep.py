@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -121,7 +121,7 @@ class Sweep:
         key = block_keys(container)[index]
         module = container.get_submodule(key)
         inside = {p: d for p, d in self.decisions.items() if self.place[p] == (stack.name, index)}
-        passes = lambda part: (call(module) for call in calls[part.start : part.stop])  # noqa: E731
+        passes = lambda part: (partial(call, module) for call in calls[part.start : part.stop])  # noqa: E731
         return self._of(f"{stack.name}.{key}", module, calls, inside, passes)
 
     def _of(
@@ -130,7 +130,7 @@ class Sweep:
         module: nn.Module,
         calls: Sequence[Call],
         inside: Mapping[str, Decision],
-        passes: Callable[[range], Iterator[Any]],
+        passes: Callable[[range], Iterable[Callable[[], Any]]],
     ) -> Block:
         team = self.context.team
         owners = owners_of(inside.values(), team, split=self.technique.layer_by_layer)
@@ -230,7 +230,7 @@ class Sweep:
         outside = self._outside()
         if not outside:
             return
-        passes = lambda part: self.walker.replay(live, part)  # noqa: E731
+        passes = lambda part: (partial(self.walker.replay, live, position) for position in part)  # noqa: E731
         rest = self._of("layers outside of blocks", self.candidate.module, [], outside, passes)
         rest.dtype = self.dtype
         if self.memory.load("", 0, rest) is None:

@@ -27,7 +27,9 @@ from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, SearchSpace, Technique
+from gossamer.techniques.quantize import calibrated
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
+from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.tune_scales import TuneScales
 from gossamer.techniques.registry import resolve
@@ -97,6 +99,26 @@ def test_biases_take_the_mean_errors_where_there_are_any() -> None:
     }
     assert moved == {name.removesuffix("weight") + "bias" for name in candidate.quantized}
     assert distance(corrected, llama()) == distance(plain, llama())  # none there
+
+
+@pytest.mark.parametrize("network", [llama, bert], ids=lambda build: build.__name__)
+def test_layers_with_one_input_have_the_same_codes_alone_and_together(
+    network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> tuple[Candidate, list[int]]:
+        candidate, model, context = opened(network())
+        numbers: list[int] = []
+        monkeypatch.setattr(calibrated, "gptq", lambda rows, *a, **k: numbers.append(len(rows)) or gptq(rows, *a, **k))
+        return Gptq(**GRID).apply(candidate, model, context), numbers
+
+    together, fewer = found()
+    monkeypatch.setattr(calibrated, "MAX_TOGETHER", 0)
+    alone, more = found()
+    assert sum(fewer) == sum(more)
+    assert len(fewer) < len(more)
+    for name, codes in alone.quantized.items():
+        assert torch.equal(codes.codes, together.quantized[name].codes)
+        assert torch.equal(codes.scale, together.quantized[name].scale)
 
 
 def test_learning_from_gptq_is_nearer_still() -> None:

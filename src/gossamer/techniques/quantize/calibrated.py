@@ -6,10 +6,11 @@ are found, which is a pure function in a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -28,11 +29,13 @@ from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
+from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.quantize.quantize import Quantize, needs_symmetry
 from gossamer.techniques.quantize.refit import refit_scales
 from gossamer.techniques.sweep_precision import computing
 
 MIN_SAMPLES = 8
+MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
 
 
 class CalibratedGrid(FormatSettings, BlockTechnique):
@@ -145,21 +148,38 @@ class Gptq(CalibratedGrid):
     def solve(self, block: Block) -> None:
         """Solve each layer from the second moments of its input; one without any is rounded plainly."""
         moments = block.moments()
-        for parameter, decision in block.decisions.items():
-            seen = moments.pop(parameter, None)  # as large as all else: given back as soon as it is used
-            if not block.enough(parameter, seen, "rounded plainly"):
-                codes = self.plain_codes(block, [parameter])[parameter]
-            else:
-                assert seen is not None
-                bias = self._bias_of(block, parameter)
-                weight = block.weight(parameter)
-                codes = self._codes(weight, seen.covariance_II if bias else seen.second_II, decision)
+        for parameters in self._together(block, moments):
+            seen = moments[parameters[0]]
+            for parameter in parameters:
+                del moments[parameter]  # as large as all else: given back as soon as it is used
+            biases = [self._bias_of(block, parameter) for parameter in parameters]
+            second_II = seen.covariance_II if biases[0] else seen.second_II
+            weights = [block.weight(parameter) for parameter in parameters]
+            found = self._codes(weights, second_II, [block.decisions[parameter] for parameter in parameters])
+            for parameter, weight, bias, codes in zip(parameters, weights, biases, found, strict=True):
                 if bias:
-                    before_OI, after_OI = (
-                        rows_of(values, decision.layer.transposed) for values in (weight, codes.dequantize())
-                    )
+                    before_OI, after_OI = (rows_of(values, codes.transposed) for values in (weight, codes.dequantize()))
                     block.set_weight(bias, corrected_bias(block.weight(bias), before_OI, after_OI, seen.mean_I))
-            block.set_quantized(parameter, codes)
+                block.set_quantized(parameter, codes)
+
+    def _together(self, block: Block, moments: dict[str, Moments]) -> list[list[str]]:
+        """Return the parameters with enough moments, those that are solved at once side by side; round the others.
+
+        Rows do not touch each other, so that small layers which read one input (queries, keys and values) have the
+        same codes together and take the time of one.
+        """
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for number, (parameter, decision) in enumerate(block.decisions.items()):
+            seen = moments.get(parameter)
+            if not block.enough(parameter, seen, "rounded plainly"):
+                block.set_quantized(parameter, self.plain_codes(block, [parameter])[parameter])
+                continue
+            # masks and scales of whole tensors are chosen by all rows of a layer
+            alone = self.sparse or decision.layer.num_parameters > MAX_TOGETHER or self.format != "int"
+            biased = self._bias_of(block, parameter) is not None
+            key = (number,) if alone else (id(seen), decision.weight, biased)
+            groups.setdefault(key, []).append(parameter)
+        return list(groups.values())
 
     def _bias_of(self, block: Block, parameter: str) -> str | None:
         """Return the name of the bias that takes the mean errors of a layer's outputs; None where there is none."""
@@ -175,38 +195,29 @@ class Gptq(CalibratedGrid):
         rows_OI = rows_OI * kept(magnitude_scores(rows_OI), self.sparsity, self._pattern)
         return (rows_OI.t() if transposed else rows_OI).reshape(weight.shape)
 
-    def _codes(self, weight: Tensor, second_II: Tensor, decision: Decision) -> Quantized:
-        """Return the codes of one layer: GPTQ's, improved by turns in scales and codes."""
-        assert decision.weight is not None
-        rows_OI = rows_of(weight, decision.layer.transposed)
-        start_OI = rows_OI
+    def _codes(
+        self, weights: Sequence[Tensor], second_II: Tensor, decisions: Sequence[Decision]
+    ) -> Iterator[Quantized]:
+        """Yield the codes of layers with one input and one grid: GPTQ's, improved by turns in scales and codes."""
+        spec, name = decisions[0].weight, decisions[0].parameter
+        assert spec is not None
+        parts = [rows_of(weight, one.layer.transposed) for weight, one in zip(weights, decisions, strict=True)]
+        start_OI = rows_OI = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.sparse:
             start_OI = sparsegpt(
-                rows_OI,
-                second_II,
-                self.sparsity,
-                pattern=self._pattern,
-                damping=self.damping,
-                name=decision.parameter,
+                rows_OI, second_II, self.sparsity, pattern=self._pattern, damping=self.damping, name=name
             )
-        codes = gptq(
-            start_OI,
-            second_II,
-            decision.weight,
-            scale=self.scale,
-            order=self.order,
-            damping=self.damping,
-            transposed=decision.layer.transposed,
-            shape=tuple(weight.shape),
-            name=decision.parameter,
-        )
+        codes = gptq(start_OI, second_II, spec, scale=self.scale, order=self.order, damping=self.damping, name=name)
         keep_OI = start_OI != 0
         for turn in range(self.passes + 1):
             if turn:
                 codes = descend(rows_OI, second_II, codes, keep_OI=keep_OI, damping=self.damping)
             if self.refit:
                 codes = refit_scales(rows_OI, second_II, codes)
-        return codes
+        first = 0
+        for weight, part, one in zip(weights, parts, decisions, strict=True):
+            yield codes.rows(first, first + len(part), tuple(weight.shape), transposed=one.layer.transposed)
+            first += len(part)
 
     @property
     def sparse(self) -> bool:
