@@ -7,7 +7,9 @@ row w with steps v = code - zero point, cut into groups g, and scales s_g,
 
 is a quadratic in the scales, so the best ones solve a small linear system for each row:
 
-    sum_h A_gh s_h = b_g,        A_gh = v_g S_gh v_h^T,        b_g = v_g (S w^T)_g
+    sum_h A_gh (s'_h - s_h) = b_g,        A_gh = v_g S_gh v_h^T,        b_g = v_g (S (w - sum_h s_h v_h)^T)_g
+
+and the error falls by d (2 b - A d) for a move d = s' - s.
 
 A row takes the new scales, rounded to what files hold (powers of two for MXFP4, which seldom move), only where all are
 positive and its error falls. Zero points and codes stay. The step is known from the alternating solvers (Egiazarian et
@@ -70,19 +72,18 @@ def _refit_rows(
     for group in range(num_groups):
         seen_RI = steps_RGg[:, group] @ second_II[group * size : (group + 1) * size]
         system_RGG[:, group] = (seen_RI.view_as(steps_RGg) * steps_RGg).sum(-1)
-    wanted_RG = ((weight_RI @ second_II).view_as(steps_RGg) * steps_RGg).sum(-1)
-    diagonal_RG = system_RGG.diagonal(dim1=1, dim2=2)
+    change_RI = weight_RI - (steps_RGg * scale_RG.unsqueeze(-1)).flatten(1)
+    slope_RG = ((change_RI @ second_II).view_as(steps_RGg) * steps_RGg).sum(-1).double()
+    system_RGG = system_RGG.double()
+    damped_RGG = system_RGG.clone()
+    diagonal_RG = damped_RGG.diagonal(dim1=1, dim2=2)
     diagonal_RG += RIDGE * diagonal_RG.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-    found_RG, _ = torch.linalg.solve_ex(system_RGG.double(), wanted_RG.double())
+    move_RG, _ = torch.linalg.solve_ex(damped_RGG, slope_RG)
     silent_RG = (steps_RGg == 0).all(-1)  # its scale multiplies nothing: it stays
-    found_RG = torch.where(silent_RG, scale_RG.double(), found_RG)
+    found_RG = scale_RG.double() + torch.where(silent_RG, 0.0, move_RG)
     usable_R = (torch.isfinite(found_RG) & (found_RG > SMALLEST_SCALE) & (found_RG < LARGEST_SCALE)).all(1)
     stored_RG = hold(torch.where(usable_R[:, None], found_RG, scale_RG.double()))
-    better_R = _errors(weight_RI, second_II, steps_RGg, stored_RG) < _errors(weight_RI, second_II, steps_RGg, scale_RG)
-    return torch.where(better_R[:, None], stored_RG, scale_RG)
-
-
-def _errors(weight_RI: Tensor, second_II: Tensor, steps_RGg: Tensor, scale_RG: Tensor) -> Tensor:
-    """Return the output error of each row, [R]."""
-    change_RI = weight_RI - (steps_RGg * scale_RG.unsqueeze(-1)).flatten(1)
-    return ((change_RI @ second_II) * change_RI).sum(1)
+    move_RG = stored_RG.double() - scale_RG.double()
+    # what the error changes by: exact also where both errors are nearly the same
+    gain_R = (move_RG * (2 * slope_RG - torch.einsum("rgh,rh->rg", system_RGG, move_RG))).sum(1)
+    return torch.where((gain_R > 0)[:, None], stored_RG, scale_RG)
