@@ -54,7 +54,7 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
     """Return our own recipes, all with linear layers in groups of 64 and the embedding, which is the head, in int8."""
     embedding = {"quantize": {"bits": 8, "targets": ["embedding"]}}
     grid = {"symmetric": False, "group_size": 64}
-    calibrated = {**grid, "samples": samples, "ignore": ["head"]}
+    calibrated = {**grid, "ignore": ["head"]}
     steps = (1,) if quick else (50, 200)
     found = [
         Gossamer("torch", ({"quantize": {"bits": 8}}, embedding), "int8", rows=False),
@@ -63,6 +63,8 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
     tuned = {"tune_scales": {"samples": samples, "epochs": 1 if quick else 2}}
     for bits in (8, 5, 4, 3, 2):
         found.append(Gossamer("torch", ({"gptq": {"bits": bits, **calibrated}}, embedding), f"int{bits} g64, gptq"))
+    every = {"gptq": {"bits": 4, **calibrated, "samples": samples}}
+    found.append(Gossamer("torch", (every, embedding), f"int4 g64, gptq, {samples} samples"))
     for bits in (4, 3, 2):
         recipe = ({"gptq": {"bits": bits, **calibrated}}, embedding, tuned)
         found.append(Gossamer("torch", recipe, f"int{bits} g64, gptq, tune_scales"))
