@@ -9,7 +9,8 @@ The table gives their means over layers. `hqq as published` keeps a float zero p
 not hold: it says what integers cost. Ratios to `mse` are paired by layer, with a 95 % interval over layers.
 
 With `--gptq` weights are solved as the technique `gptq` does it (grids chosen by `mse`, two passes of descent, scales
-refitted), and ratios are to int4 in groups of 64.
+refitted), and ratios are to int4 in groups of 64. `rank` rows have two thin matrices in bfloat16 beside the codes,
+which cost 16 R (O + I) / (O I) bits a weight: 0.61 at rank 16 for weights of 576 x 1536.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from gossamer.techniques.quantize.descend import descend
 from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch, minmax_grid, quantize_weight
 from gossamer.techniques.quantize.hqq import BETA, KAPPA, ROUNDS, shrink
+from gossamer.techniques.quantize.low_rank import low_rank
 from gossamer.techniques.quantize.refit import refit_scales
 
 Round = Callable[[Tensor, Tensor], Tensor]  # (weight, second moments) -> rounded weight
@@ -52,6 +55,17 @@ def solved(spec: QuantSpec) -> Round:
         for _ in range(2):
             codes = refit_scales(weight, second_II, descend(weight, second_II, codes))
         return codes.dequantize()
+
+    return made
+
+
+def compensated(start: Round, rank: int) -> Round:
+    """Return a rounding with two thin matrices beside it (bfloat16) that take off what they can of its error."""
+
+    def made(weight: Tensor, second_II: Tensor) -> Tensor:
+        values = start(weight, second_II)
+        up_OR, down_RI = low_rank(weight - values, second_II, rank)
+        return values + up_OR.bfloat16().float() @ down_RI.bfloat16().float()
 
     return made
 
@@ -82,8 +96,12 @@ def grids(with_gptq: bool) -> dict[str, Round]:
     """Return every grid by the name of its row."""
     found: dict[str, Round] = {}
     if with_gptq:
-        for group in (64, 32):
-            found[f"int4 group {group} gptq"] = solved(QuantSpec(bits=4, symmetric=False, group_size=group))
+        for bits, group in ((4, 64), (4, 32), (5, 64)):
+            found[f"int{bits} group {group} gptq"] = solved(QuantSpec(bits=bits, symmetric=False, group_size=group))
+        for rank in (8, 16, 32):
+            found[f"{BASE} + rank {rank}"] = compensated(
+                solved(QuantSpec(bits=4, symmetric=False, group_size=64)), rank
+            )
         for name, form in FORMATS.items():
             spec = QuantSpec(bits=form.bits, group_size=form.usual_group_size, format=name)
             found[f"{spec} gptq"] = solved(spec)
@@ -141,13 +159,8 @@ def main() -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)}
     samples = windows(arguments.model, arguments.data, arguments.windows, arguments.context)
 
-    def passes() -> Iterator[None]:
-        for ids in samples:
-            model(input_ids=ids)
-            yield
-
     with torch.no_grad():
-        moments = observe(layers, passes())
+        moments = observe(layers, [partial(model, input_ids=ids) for ids in samples])
         made_by = grids(arguments.gptq)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in made_by}
         for name, layer in layers.items():
