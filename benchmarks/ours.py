@@ -70,8 +70,9 @@ class Gossamer(Peer):
         with Run(folder, identity(inputs, prepared)) as run, opened_job(inputs, prepared, run) as job:
             if self.uses_graph and material.graph is not None:
                 shutil.copytree(Path(material.graph) / EXPORTED / "cache", job.request().cache, dirs_exist_ok=True)
-            built = build_artifact(job, self.steps(job))
-            equivalence, tensors = check_artifact(job, built)
+            steps = self.steps(job)
+            built = build_artifact(job, steps)
+            equivalence, tensors = check_artifact(job, built, steps)
         wrong = [row.parameter for row in tensors if not row.agrees]
         if wrong or not equivalence.passed:
             raise RuntimeError(f"the artifact is not what the recipe says: {wrong[:3]}, {equivalence}")

@@ -122,7 +122,7 @@ def test_a_layer_in_a_stack_of_floats_counts_its_part_of_the_bytes() -> None:
         for i in range(2)
         for name, shape, rows in (("gate_up_proj", (4, 96, 32), 96), ("down_proj", (4, 32, 48), 48))
     ]
-    rows = {row.parameter: row for row in compare_tensors(job, [], stacks)}
+    rows = {row.parameter: row for row in compare_tensors(job.model, [], stacks)}
     for name, shape in (("w1", (48, 32)), ("w3", (48, 32)), ("w2", (32, 48))):
         row = rows[f"model.layers.1.mlp.experts.3.{name}.weight"]
         assert (row.found, row.bytes, row.shape, row.agrees) == ("bfloat16", 2 * 48 * 32, shape, True)

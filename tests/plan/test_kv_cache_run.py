@@ -57,7 +57,7 @@ def test_a_scale_that_is_not_in_the_file_is_a_disagreement(speaker: Path, tmp_pa
         held = StoredTensor(name, "fp8 per tensor", 8, None, True, (1,), 4)
         other = StoredTensor(name, "int8 per tensor", 8, None, True, (1,), 4)
         for stored, agrees in (([held], True), ([other], False), ([], False)):
-            row = compare_tensors(job, [asked], stored)[-1]
+            row = compare_tensors(job.model, [asked], stored)[-1]
             assert (row.parameter, row.agrees) == (name, agrees)
 
 

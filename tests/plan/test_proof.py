@@ -36,7 +36,7 @@ def built_and_stored(job: Job) -> tuple[StepResult, list[StoredTensor]]:
 
 def test_every_parameter_is_read_back_as_asked(job: Job) -> None:
     built, stored = built_and_stored(job)
-    rows = {row.parameter: row for row in compare_tensors(job, built.value["decisions"], stored)}
+    rows = {row.parameter: row for row in compare_tensors(job.model, built.value["decisions"], stored)}
     assert all(row.agrees for row in rows.values())
     assert len(rows) == len(job.model.layers)
     query, words, norm = (
@@ -58,7 +58,7 @@ def test_every_parameter_is_read_back_as_asked(job: Job) -> None:
 def test_a_tensor_that_is_held_otherwise_is_named(job: Job, change: dict[str, Any]) -> None:
     built, stored = built_and_stored(job)
     doctored = [replace(tensor, **change) if tensor.name == DOCTORED else tensor for tensor in stored]
-    rows = compare_tensors(job, built.value["decisions"], doctored)
+    rows = compare_tensors(job.model, built.value["decisions"], doctored)
     assert [row.parameter for row in rows if not row.agrees] == [DOCTORED]
 
 
@@ -66,7 +66,7 @@ def test_a_missing_tensor_and_one_rounded_unasked_are_named(job: Job) -> None:
     built, stored = built_and_stored(job)
 
     def wrong(tensors: list[StoredTensor]) -> list[str]:
-        return [row.parameter for row in compare_tensors(job, built.value["decisions"], tensors) if not row.agrees]
+        return [row.parameter for row in compare_tensors(job.model, built.value["decisions"], tensors) if not row.agrees]
 
     assert wrong([tensor for tensor in stored if tensor.name != DOCTORED]) == [DOCTORED]
     unasked = [replace(t, bits=8) if t.name == "bert.embeddings.position_embeddings.weight" else t for t in stored]
@@ -77,10 +77,10 @@ def test_a_step_that_changed_values_only_does_not_hide_the_one_that_rounds(job: 
     built, stored = built_and_stored(job)
     decisions = built.value["decisions"]
     smoothed = [{**decision, "weight": None, "activation": ""} for decision in decisions]
-    rows = compare_tensors(job, [*smoothed, *decisions], stored)
-    assert rows == compare_tensors(job, decisions, stored)
+    rows = compare_tensors(job.model, [*smoothed, *decisions], stored)
+    assert rows == compare_tensors(job.model, decisions, stored)
     doctored = [replace(tensor, bits=8) if tensor.name == DOCTORED else tensor for tensor in stored]
-    assert not all(row.agrees for row in compare_tensors(job, [*smoothed, *decisions], doctored))
+    assert not all(row.agrees for row in compare_tensors(job.model, [*smoothed, *decisions], doctored))
 
 
 def check_arrays(job: Job, changed: float) -> Arrays:
@@ -218,14 +218,14 @@ def test_four_bit_floats_are_held_beside_bf16_only(job: Job) -> None:
 def test_other_formats_are_read_back_as_asked(job: Job, steps: tuple[Quantize, ...]) -> None:
     built = build_artifact(job, steps)
     stored = job.runtime.stored_tensors(built.folder / "artifact")
-    rows = compare_tensors(job, built.value["decisions"], stored)
+    rows = compare_tensors(job.model, built.value["decisions"], stored)
     assert all(row.agrees for row in rows)
     query = next(row for row in rows if row.parameter == DOCTORED)
     assert query.asked == query.found == ("fp8 per channel" if len(steps) == 1 else "mxfp4 group 32")
     integers = [replace(tensor, dtype="int8") if tensor.name == DOCTORED else tensor for tensor in stored]
-    wrong = compare_tensors(job, built.value["decisions"], integers)
+    wrong = compare_tensors(job.model, built.value["decisions"], integers)
     assert [row.parameter for row in wrong if not row.agrees] == [DOCTORED]
-    found, inputs = check_artifact(job, built), predicted_size(job, steps)
+    found, inputs = check_artifact(job, built, steps), predicted_size(job, steps)
     assert found[0].passed
     assert inputs == sum(row.bytes for row in rows)
 

@@ -145,7 +145,7 @@ def test_the_menu_offers_what_fits_gentlest_first_in_waves(job: Job, real: Table
 def predict_bytes(tables: Tables, steps: tuple[Technique, ...]) -> int:
     from gossamer.plan.predict import predicted_bytes
 
-    return predicted_bytes(tables, [decision for step in steps for decision in step.resolve(tables.model)])
+    return predicted_bytes(tables, *resolved(tables.model, steps))
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ class Candidate:
     dtype: torch.dtype = torch.float32
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
     routed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what holds experts -> the tokens that each saw
+    stock: bool = True  # its class can be built from its config; False: only a runtime that holds a graph can hold it
     weights: LazyWeights | None = None
     read: Callable[[str], Tensor] | None = None
     replaced: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # plain values of a streamed candidate

@@ -63,11 +63,16 @@ NOWHERE = Origin()
 
 @dataclass
 class Product:
-    """Hold the layers on the left (q) and right (k) of an attention product, and of its values (v) once seen."""
+    """Hold the layers on the left (q) and right (k) of an attention product, and of its values (v) once seen.
+
+    `key_size` and `value_size` are the widths of one head's queries and values, 0 where an operation hides them.
+    """
 
     left: Names
     right: Names
     values: Names = frozenset()
+    key_size: int = 0
+    value_size: int = 0
 
 
 @dataclass
@@ -202,7 +207,7 @@ class _Watcher(TorchFunctionMode):
             self.flow.other_macs += (
                 math.prod(queries.shape[:-1]) * keys.shape[-2] * (queries.shape[-1] + values.shape[-1])
             )
-            return self._attended(*origins[:3])
+            return self._attended(origins[0], origins[1], origins[2], (queries.shape[-1], values.shape[-1]))
         if name == "linear":  # a weight that no layer of its own holds
             self.flow.other_macs += output.numel() * operands[0].shape[-1]
         if name in MATMULS and len(operands) >= 2:
@@ -223,14 +228,16 @@ class _Watcher(TorchFunctionMode):
             if weights.weights:
                 for index in weights.weights:
                     self.flow.products[index].values |= values.layers
+                    self.flow.products[index].value_size = 0 if name == "einsum" else output.shape[-1]
                 return Origin(layers=values.layers, mixed=weights.weights)
         if first.layers and second.layers:
-            self.flow.products.append(Product(first.layers, second.layers))
+            size = 0 if name == "einsum" else left.shape[-1]
+            self.flow.products.append(Product(first.layers, second.layers, key_size=size))
             return Origin(merged.layers, merged.steps, frozenset((len(self.flow.products) - 1,)))
         return merged
 
-    def _attended(self, queries: Origin, keys: Origin, values: Origin) -> Origin:
-        self.flow.products.append(Product(queries.layers, keys.layers, values.layers))
+    def _attended(self, queries: Origin, keys: Origin, values: Origin, sizes: tuple[int, int]) -> Origin:
+        self.flow.products.append(Product(queries.layers, keys.layers, values.layers, *sizes))
         return Origin(layers=values.layers, mixed=frozenset((len(self.flow.products) - 1,)))
 
     def _gated(self, origins: list[Origin], merged: Origin) -> Origin:

@@ -83,6 +83,54 @@ class Experts:
     gated_by_silu: bool = False
 
 
+Cuttable = Literal["ffn", "heads", "layers"]
+CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Name an axis of a parameter that a dimension runs along: unit i has the `unit` indices from offset + i * unit."""
+
+    parameter: str
+    axis: int
+    unit: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """Describe what can be cut only in all of its members at once: `size` units, and the axes that they lie along.
+
+    `readers` are the weights whose inputs are the units (down, o). `attributes` are the numbers of config.json that
+    hold the size, one for all dimensions of that kind that name them; empty where no config can say another size, so
+    that only a runtime that holds a graph can hold it; None where there is no config. `sizes` are those that the config
+    accepts (None: any). Blocks of a stack have no members: whole names go. `held` are units that cannot go (a block
+    that holds what others read).
+    """
+
+    kind: Cuttable
+    name: str
+    stack: str
+    block: int | None
+    size: int
+    members: tuple[Member, ...] = ()
+    readers: tuple[str, ...] = ()
+    attributes: tuple[str, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+    held: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Say what a dimension is cut to: `size` of its units stay."""
+
+    dimension: Dimension
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.dimension.size} to {self.size} {self.dimension.kind}"
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """Describe a model: every layer with its role, the stacks of blocks, totals in parameters, bytes and MACs."""
@@ -94,6 +142,7 @@ class ModelMap:
     macs: int
     notes: tuple[str, ...] = field(default=())
     experts: tuple[Experts, ...] = field(default=())
+    dimensions: tuple[Dimension, ...] = field(default=())
 
     def layer(self, name: str) -> LayerInfo:
         """Return the layer of that module name."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gossamer.errors import ModelError
 from gossamer.models import dataflow, purpose
 from gossamer.models.blocks import block_of, find_stacks
+from gossamer.models.dimensions import find_dimensions
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import find_experts, layouts
 from gossamer.models.roles import Experts, LayerInfo, ModelMap, Role
@@ -55,6 +56,8 @@ def map_model(
     macs = flow.macs if flow is not None else {}
     layers = [replace(layer, role=roles[layer.name], macs=macs.get(layer.name, 0)) for layer in layers]
     notes.extend(purpose.remarks(layers, flow))
+    dimensions, unknown = find_dimensions(module, layers, stacks, flow)
+    notes.extend(unknown)
     tensors = _distinct([*module.parameters()])
     return ModelMap(
         layers=tuple(layers),
@@ -64,6 +67,7 @@ def map_model(
         macs=sum(macs.values()) + (flow.other_macs if flow is not None else 0),
         notes=tuple(notes),
         experts=experts,
+        dimensions=dimensions,
     )
 
 

@@ -25,7 +25,7 @@ from gossamer.plan.candidates import Steps
 from gossamer.plan.job import Job, tensors_of
 from gossamer.plan.predict import Tables, predicted_bytes
 from gossamer.tasks.base import spread
-from gossamer.techniques.base import Decision, SearchSpace
+from gossamer.techniques.base import Decision, SearchSpace, resolved
 from gossamer.techniques.quantize.calibrated import CalibratedGrid, Gptq
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.quantize import Quantize
@@ -48,7 +48,7 @@ def mixed_recipes(job: Job, goal: Goal, tables: Tables, space: SearchSpace) -> l
     found: list[Steps] = []
     for embeddings in ([], *([step] for step in Quantize.of_embeddings(space))):
         steps: Steps = (base, *embeddings)
-        total = predicted_bytes(tables, [decision for step in steps for decision in step.resolve(job.model)])
+        total = predicted_bytes(tables, *resolved(job.model, steps))
         mixed = within(job, base, base.resolve(job.model), bound * (1 - SLACK) - total)
         if mixed is not None and mixed.bits_of:
             found.append((mixed, *embeddings))

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 from gossamer.errors import RecipeError
 from gossamer.models.roles import ModelMap
-from gossamer.techniques.base import SearchSpace, Technique
+from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.registry import recipe_of, resolve, techniques
 
 Steps = tuple[Technique, ...]
@@ -53,13 +53,13 @@ def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:
 
 def _rounded(steps: Sequence[Technique], model: ModelMap) -> frozenset[str]:
     """Return the parameters whose codes some steps decide."""
-    decided = [decision for step in steps for decision in step.resolve(model)]
+    decided, _ = resolved(model, steps)
     return frozenset(decision.parameter for decision in decided if decision.weight is not None)
 
 
 def rounds_twice(steps: Sequence[Technique], model: ModelMap) -> list[str]:
     """Return the parameters whose codes more than one step decides."""
-    decided = [decision for step in steps for decision in step.resolve(model)]
+    decided, _ = resolved(model, steps)
     counts = Counter(decision.parameter for decision in decided if decision.weight is not None)
     return [parameter for parameter, count in counts.items() if count > 1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from gossamer.models.experts import STACKS
 from gossamer.models.levels import FORMATS
 from gossamer.models.quantized import QuantSpec
-from gossamer.models.roles import LayerInfo
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.plan.job import Job
 from gossamer.plan.records import Equivalence, TensorRow
 from gossamer.runtimes.base import StoredTensor
@@ -81,19 +82,23 @@ def _rms(*parts: NDArray[np.float64]) -> float:
 
 
 def compare_tensors(
-    job: Job, decisions: Sequence[Mapping[str, Any]], stored: Sequence[StoredTensor]
+    model: ModelMap, decisions: Sequence[Mapping[str, Any]], stored: Sequence[StoredTensor]
 ) -> tuple[TensorRow, ...]:
-    """Return one row for each layer's parameter: what the recipe asked for beside what the file holds."""
+    """Return one row for each layer's parameter: what the recipe asked for beside what the file holds.
+
+    `model` is the map of what the recipe leaves: where something was cut, shapes are compared too.
+    """
+    cut = any(decision.get("cut") for decision in decisions)
     by_name = {tensor.name: tensor for tensor in stored}
     asked: dict[str, dict[str, Any]] = {}
-    for decision in (one for one in decisions if not one.get("cache")):
+    for decision in (one for one in decisions if not one.get("cache") and not one.get("cut")):
         kept = asked.setdefault(decision["parameter"], dict(decision))
         if decision["weight"]:  # a step before it may have changed values only
             kept |= {"weight": decision["weight"], "activation": decision["activation"]}
         if decision["dtype"] and not kept["weight"]:
             kept["dtype"] = decision["dtype"]
     rows = []
-    for layer in job.model.layers:
+    for layer in model.layers:
         parameter = f"{layer.name}.weight"
         if layer.tied_to is not None:
             continue
@@ -110,10 +115,15 @@ def compare_tensors(
                 bytes=tensor.bytes if tensor else 0,
                 original_bytes=original_bytes,
                 activation=wanted["activation"] if wanted else "",
-                agrees=_agrees(wanted, tensor),
+                agrees=_agrees(wanted, tensor) and not (cut and _other_shape(layer, tensor)),
             )
         )
     return (*rows, *(_cache_row(decision, by_name) for decision in decisions if decision.get("cache")))
+
+
+def _other_shape(layer: LayerInfo, tensor: StoredTensor | None) -> bool:
+    """Say whether a file holds a weight in another shape than was asked for (it may lie turned there, or flat)."""
+    return tensor is not None and prod(tensor.shape) != prod(layer.shape)
 
 
 def _cache_row(decision: Mapping[str, Any], by_name: Mapping[str, StoredTensor]) -> TensorRow:

@@ -38,9 +38,12 @@ def coverage(steps: Sequence[Technique], model: ModelMap, runtime: Runtime) -> t
     decided: dict[str, list[str]] = {}
     sampled: set[str] = set()  # parameters that are fitted to samples
     asked: list[tuple[Technique, Asked | None]] = []
+    left = model
     for step in steps:
-        decisions = step.resolve(model)
+        decisions, left = step.resolve(left), step.after(left)
         for decision in decisions:
+            for member in decision.cut.dimension.members if decision.cut is not None else ():
+                decided.setdefault(member.parameter, []).append(f"{step.name} {decision.cut}")
             decided.setdefault(decision.parameter, []).append(_words(step, decision))
             if decision.weight is not None and step.rows_needed():
                 sampled.add(decision.parameter)

@@ -33,7 +33,7 @@ from gossamer.run.team import Team, assembled, num_processes
 from gossamer.run.workspace import Onlooker, Run
 from gossamer.runtimes.manifest import MANIFEST
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import SearchSpace
+from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.registry import resolve
 
 RESULT = "report.json"
@@ -144,7 +144,7 @@ def check_recipe(job: Job, steps: Steps) -> None:
             f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
             "name them under `ignore` in one of the two steps",
         )
-    refusal = refused_by(job.runtime, job.model, [decision for step in steps for decision in step.resolve(job.model)])
+    refusal = refused_by(job.runtime, job.model, resolved(job.model, steps)[0])
     if refusal is not None:
         raise RuntimeUnavailable(
             f"{job.runtime.name} cannot hold the recipe: {refusal}",
@@ -231,8 +231,7 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> li
         return found
 
     def held(steps: Steps) -> bool:
-        decisions = [decision for step in steps for decision in step.resolve(job.model)]
-        return refused_by(job.runtime, job.model, decisions) is None
+        return refused_by(job.runtime, job.model, resolved(job.model, steps)[0]) is None
 
     return list(filter(held, found))
 

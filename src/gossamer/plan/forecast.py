@@ -25,6 +25,7 @@ from typing import Any
 
 from gossamer.errors import RunError, TechniqueError
 from gossamer.measure.size import shipped_bytes
+from gossamer.models.roles import ModelMap
 from gossamer.plan.budget import memory_limit, needed_bytes
 from gossamer.plan.comparison import CHECKED_VALUES
 from gossamer.plan.coverage import coverage
@@ -288,12 +289,15 @@ def _refusal(found: Forecast, folder: Path) -> str:
     return ""
 
 
-def artifact_bytes(job: Job, decisions: Sequence[Decision]) -> int:
-    """Return about how many bytes the artifact will take: every tensor as the runtime holds it, and its companions."""
+def artifact_bytes(job: Job, decisions: Sequence[Decision], after: ModelMap | None = None) -> int:
+    """Return about how many bytes the artifact will take: every tensor as the runtime holds it, and its companions.
+
+    `after` is the map of what a recipe leaves of the model (None: all of it).
+    """
     specs = {decision.parameter: decision.weight for decision in decisions if decision.weight is not None}
     narrow = any(decision.dtype is not None for decision in decisions)
     total = 0
-    for layer in job.model.layers:
+    for layer in (after or job.model).layers:
         if layer.tied_to is None:
             stored = job.source.stored_dtype(f"{layer.name}.weight")
             kept = stored.itemsize if stored is not None and job.runtime.keeps_16_bits else 4

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from gossamer.data.checks import Finding
+from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
@@ -89,7 +90,7 @@ class Job:
             samples = [tensors_of(inputs) for inputs in passes]
             forward = lambda module, inputs: self.source.forward(module, inputs, self.task.output)  # noqa: E731
             walker = Walker(module, forward, samples)
-            for output in walker.outputs(self.model.stacks, candidate.weights.held):
+            for output in walker.outputs(find_stacks(module)[0], candidate.weights.held):
                 yield {self.task.output: output.float().numpy()}
             candidate.weights.drop()
 

@@ -15,7 +15,7 @@ from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, predicted_bytes
 from gossamer.plan.profile import profile
 from gossamer.plan.ranking import HOPELESS, LIKELY, Ranked, in_order, original_values, rank
-from gossamer.techniques.base import Decision, SearchSpace
+from gossamer.techniques.base import SearchSpace, resolved
 
 WAVE = 12  # recipes that are profiled together
 STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
@@ -126,19 +126,17 @@ class Menu:
         rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
         return rewards and any(item.steps in last for item in likely)
 
-    def _decisions(self, steps: Steps) -> list[Decision]:
-        return [decision for step in steps for decision in step.resolve(self.job.model)]
-
     def _bytes(self, steps: Steps) -> int:
-        return predicted_bytes(self.tables, self._decisions(steps))
+        return predicted_bytes(self.tables, *resolved(self.job.model, steps))
 
     def _fits(self, steps: Steps) -> bool:
         """Say whether a recipe meets the bounds on what can be counted."""
-        values = {"size": float(self._bytes(steps))}
+        after = resolved(self.job.model, steps)[1]
+        values = {"size": float(self._bytes(steps)), "params": float(after.num_parameters), "flops": 2.0 * after.macs}
         originals = original_values(self.tables.original)
         for constraint in self.goal.constraints:
             if constraint.quantity in COUNTED:
-                value = values.get(constraint.quantity, originals[constraint.quantity])
+                value = values[constraint.quantity]
                 share = value / originals[constraint.quantity] if constraint.relative else value
                 if share > constraint.bound:
                     return False

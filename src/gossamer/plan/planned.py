@@ -26,7 +26,7 @@ from gossamer.plan.records import PlanResult, Tried
 from gossamer.plan.search import too_long, unbuilt, unknown_but_for
 from gossamer.recipe import Recipe
 from gossamer.run.workspace import Run
-from gossamer.techniques.base import Technique
+from gossamer.techniques.base import Technique, resolved
 from gossamer.techniques.registry import resolve
 
 NUM_COVERED = 3  # of the most promising: what becomes of each module
@@ -71,7 +71,7 @@ def plan_run(
 def _of_recipe(job: Job, steps: Steps, where: Path, left: float) -> PlanResult:
     """Return what one recipe takes; of its prediction only the bytes are known."""
     job, found = fitting(job, None, steps, where)
-    size = artifact_bytes(job, [decision for step in steps for decision in step.resolve(job.model)])
+    size = artifact_bytes(job, *resolved(job.model, steps))
     planned = Tried(
         name=name_of(steps),
         recipe=steps_recipe(steps),

@@ -22,7 +22,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.plan.profile import Profile, layer_formats
 from gossamer.plan.records import Original, Prediction
 from gossamer.runtimes.base import Runtime
-from gossamer.techniques.base import Decision, Technique
+from gossamer.techniques.base import Decision, Technique, resolved
 
 FLOAT_BYTES = 4
 CAST_BYTES = {"bf16": 2, "fp16": 2}
@@ -70,9 +70,9 @@ class Tables:
 def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections | None = None) -> Prediction:
     """Return what a recipe is expected to reach."""
     corrections = corrections or Corrections()
-    decisions = [decision for step in steps for decision in step.resolve(tables.model)]
-    size = predicted_bytes(tables, decisions)
-    latency = predicted_latency(tables, decisions) * exp(corrections.of(format_key(decisions)))
+    decisions, after = resolved(tables.model, steps)
+    size = predicted_bytes(tables, decisions, after)
+    latency = predicted_latency(tables, decisions, after) * exp(corrections.of(format_key(decisions)))
     kl = left_by_repairs(steps) * sum(tables.profile.effects[step].kl for step in alone(steps))
     lost = predicted_loss(tables, steps, kl) * exp(corrections.quality)
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
@@ -84,6 +84,8 @@ def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections
         latency_share=latency / tables.original.latency.p50,
         memory_bytes=max(size, tables.unchanged_memory - unchanged_bytes + size),
         seconds=tables.proof_seconds,
+        num_parameters=after.num_parameters,
+        macs=after.macs,
     )
 
 
@@ -106,8 +108,8 @@ def left_by_repairs(steps: Sequence[Technique]) -> float:
     return prod(step.divergence_left for step in steps)
 
 
-def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
-    """Return the bytes of the files that the recipe would ship."""
+def predicted_bytes(tables: Tables, decisions: Sequence[Decision], after: ModelMap) -> int:
+    """Return the bytes of the files that the recipe would ship; `after` is the map of what it leaves of the model."""
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
     specs: dict[str, Decision] = {}
     cast_bytes = FLOAT_BYTES
@@ -116,29 +118,47 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision]) -> int:
             specs[decision.parameter] = decision
         elif decision.dtype is not None:
             cast_bytes = CAST_BYTES.get(decision.dtype, FLOAT_BYTES)
-    saved = 0
-    for layer in tables.model.layers:
+    saved = _float_bytes(tables, tables.model) - _float_bytes(tables, after)
+    for layer in after.layers:
         if layer.tied_to is not None:
             continue
         parameter = f"{layer.name}.weight"
         decided, before = specs.get(parameter), tables.float_bytes.get(parameter, FLOAT_BYTES)
-        spec, after = decided.weight if decided else None, min(before, cast_bytes)
-        held = tables.runtime.stored_bytes(layer.role, layer.shape, spec, after)
+        spec, width = decided.weight if decided else None, min(before, cast_bytes)
+        held = tables.runtime.stored_bytes(layer.role, layer.shape, spec, width)
         saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, before) - held
     return unchanged_bytes - saved
 
 
-def predicted_latency(tables: Tables, decisions: Sequence[Decision]) -> float:
+def _float_bytes(tables: Tables, model: ModelMap) -> int:
+    """Return the bytes of all parameters of a map in what they are held as before anything is rounded."""
+    return sum(
+        layer.num_parameters * tables.float_bytes.get(f"{layer.name}.weight", FLOAT_BYTES) for layer in model.layers
+    )
+
+
+def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: ModelMap) -> float:
     """Return the seconds of one request: the unchanged model's, with the layers' differences added up.
 
-    A format that was not timed (the runtime holds no layer alone) counts as fast as the layer was before.
+    A format that was not timed (the runtime holds no layer alone) counts as fast as the layer was before; a smaller
+    shape in a format that was timed only in the larger one by its share of the products. What is no layer (attention,
+    norms, sums) goes with the blocks.
     """
     unchanged = tables.original.same_runtime_latency or tables.original.latency
-    before = layer_formats(tables.model, [], tables.profile.shapes)
-    after = layer_formats(tables.model, decisions, tables.profile.shapes)
-    seconds = tables.profile.seconds
-    timed = [name for name in before if before[name] in seconds and after[name] in seconds]
-    change = sum(seconds[after[name]] - seconds[before[name]] for name in timed)
+    seconds, shapes = tables.profile.seconds, tables.profile.shapes
+    before = layer_formats(tables.model, [], shapes)
+    whole, cut = layer_formats(tables.model, decisions, shapes), layer_formats(after, decisions, shapes)
+    timed = [name for name in before if before[name] in seconds and whole[name] in seconds]
+    change = 0.0
+    for name in timed:
+        now = 0.0
+        if name in cut:
+            share = prod(cut[name].shape) / prod(before[name].shape)
+            now = seconds.get(cut[name], seconds[whole[name]] * share)
+        change += now - seconds[before[name]]
+    rest = max(0.0, unchanged.p50 - sum(seconds[before[name]] for name in timed))
+    blocks, left = (sum(stack.num_blocks for stack in model.stacks) for model in (tables.model, after))
+    change -= rest * (1 - left / blocks) if blocks and timed else 0.0
     return max(0.05 * unchanged.p50, unchanged.p50 + change)
 
 
@@ -167,7 +187,7 @@ def as_figures(prediction: Prediction, original: Original) -> Mapping[str, float
         "latency p50": prediction.latency_seconds,
         "latency p50 ratio": prediction.latency_share,
         "memory": prediction.memory_bytes,
-        "params": original.num_parameters,
-        "flops": 2 * original.macs,
+        "params": prediction.num_parameters or original.num_parameters,
+        "flops": 2 * (prediction.macs or original.macs),
         "throughput": 1 / prediction.latency_seconds,
     }

@@ -101,7 +101,9 @@ def layer_formats(
             formats[layer.name] = LayerFormat(
                 kind=layer.kind,
                 shape=layer.shape,
-                input_shape=shapes[layer.name],
+                input_shape=(*shapes[layer.name][:-1], layer.shape[1])
+                if layer.kind == "linear"
+                else shapes[layer.name],
                 weight=str(decision.weight) if decision else "float32",
                 activation=str(decision.activation) if decision and decision.activation else "",
             )
@@ -149,7 +151,7 @@ def _effect(
             "kl": max(0.0, found.divergence.mean()),
             "quality": float(job.task.metric.quality(found.scores.mean(), reference.scores.mean())),
             "agreement": found.agreement.mean(),
-            "layers": _write_layers(job, candidate, layer_formats(job.model, decisions, shapes), folder),
+            "layers": _write_layers(job, candidate, layer_formats(step.after(job.model), decisions, shapes), folder),
         }
 
     inputs = job.step_inputs(

@@ -30,7 +30,7 @@ from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import Runtime
 from gossamer.runtimes.manifest import artifact_files, copy_companions, write_manifest
 from gossamer.tasks.base import Arrays, Evaluation, Scores, spread
-from gossamer.techniques.base import Context, Decision, Technique
+from gossamer.techniques.base import Context, Decision, Technique, resolved
 from gossamer.techniques.registry import recipe_of
 
 APPLY = "apply"  # what the process that leads tells the others
@@ -91,10 +91,12 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         team=job.team,
     )
     decisions: list[Decision] = []
+    model = job.model
     for step in steps:
-        decisions += step.resolve(job.model)
+        decisions += step.resolve(model)
         context = replace(context, samples_memory=samples_memory(job, step))
-        candidate = step.apply(candidate, job.model, context)
+        candidate = step.apply(candidate, model, context)
+        model = step.after(model)
     return candidate, decisions
 
 
@@ -123,20 +125,24 @@ def _decision_json(decision: Decision) -> dict[str, Any]:
         "activation": str(decision.activation) if decision.activation else "",
         "dtype": decision.dtype,
         "cache": str(decision.cache) if decision.cache else "",
+        "cut": str(decision.cut) if decision.cut else "",
     }
 
 
-def check_artifact(job: Job, built: StepResult) -> tuple[Equivalence, tuple[TensorRow, ...]]:
+def check_artifact(
+    job: Job, built: StepResult, steps: Sequence[Technique]
+) -> tuple[Equivalence, tuple[TensorRow, ...]]:
     """Open the artifact in a fresh process and compare its tensors with the recipe, its outputs with memory's."""
     inputs = {"artifact": built.folder.name}
-    value = job.run.step("checked", inputs, lambda _: _check(job, built.folder, built.value["decisions"])).value
+    model = resolved(job.model, steps)[1]
+    value = job.run.step("checked", inputs, lambda _: _check(job, model, built.folder, built.value["decisions"])).value
     return Equivalence.model_validate(value["equivalence"]), tuple(
         TensorRow.model_validate(r) for r in value["tensors"]
     )
 
 
-def _check(job: Job, folder: Path, decisions: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors = compare_tensors(job, decisions, job.runtime.stored_tensors(folder / "artifact"))
+def _check(job: Job, model: ModelMap, folder: Path, decisions: list[dict[str, Any]]) -> dict[str, Any]:
+    tensors = compare_tensors(model, decisions, job.runtime.stored_tensors(folder / "artifact"))
     arrays = load_file(folder / "expected.safetensors")
     with job.serve(folder / "artifact") as served:
         equivalence = compare_outputs(job, arrays, served.run_all, decisions)
@@ -191,8 +197,12 @@ def measure(
     equivalence: Equivalence,
     tensors: tuple[TensorRow, ...],
     reference: Evaluation | None,
+    model: ModelMap,
 ) -> Measured:
-    """Return every figure of an artifact that was written and checked; quality only where there are rows."""
+    """Return every figure of an artifact that was written and checked; quality only where there are rows.
+
+    `model` is the map of what the recipe left.
+    """
     figures = {}
     if reference is not None:
         figures = quality_figures(job, score_artifact(job, folder, reference), reference)
@@ -206,8 +216,8 @@ def measure(
         figures["throughput"] = Figure.exact(latency.throughput, "1/s", higher_is_better=True)
         figures["memory"] = Figure.exact(times["memory"], "B")
     figures["size"] = Figure.exact(shipped_bytes(artifact_files(folder / "artifact")), "B")
-    figures["params"] = Figure.exact(job.model.num_parameters, "")
-    figures["flops"] = Figure.exact(2 * job.model.macs, "")
+    figures["params"] = Figure.exact(model.num_parameters, "")
+    figures["flops"] = Figure.exact(2 * model.macs, "")
     return Measured(
         figures=figures,
         latency=latency,
@@ -277,7 +287,9 @@ def refused_by(runtime: Runtime, model: ModelMap, decisions: Sequence[Decision])
     """Return why the runtime cannot hold one of the decisions, naming the first, or all of them together, or None."""
     floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
-        if decision.cache is not None:
+        if decision.cut is not None:
+            reason = runtime.cut_refusal(decision.cut)
+        elif decision.cache is not None:
             reason = runtime.cache_refusal
         else:
             reason = runtime.refusal(decision.layer.role, decision.layer.shape, decision.weight, decision.activation)

@@ -13,6 +13,7 @@ from gossamer.goal import Goal, Judgement, judge
 from gossamer.plan.candidates import Steps
 from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict
 from gossamer.plan.records import Figure, Measured, Original, Prediction
+from gossamer.techniques.base import resolved
 
 # how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
 USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
@@ -34,7 +35,7 @@ def rank(goal: Goal, tables: Tables, recipes: Sequence[Steps], corrections: Corr
     ranked = []
     for steps in recipes:
         prediction = predict(tables, steps, corrections)
-        decisions = [decision for step in steps for decision in step.resolve(tables.model)]
+        decisions = resolved(tables.model, steps)[0]
         measured_kind = format_key(decisions) in corrections.latency
         found = promise(goal, prediction, tables.original, measured_kind=measured_kind)
         ranked.append(Ranked(steps, prediction, found))

@@ -46,6 +46,8 @@ class Prediction(Record):
     latency_share: float
     memory_bytes: int
     seconds: float  # wall time to build, prove and measure it
+    num_parameters: int = 0  # 0: those of the original
+    macs: int = 0
 
 
 class Stage(Record):

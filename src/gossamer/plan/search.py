@@ -26,6 +26,7 @@ from gossamer.plan.proof import build_artifact, check_artifact, measure, refused
 from gossamer.plan.ranking import HOPELESS, Ranked, judge_measured
 from gossamer.plan.records import ExpertTokens, Judged, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
+from gossamer.techniques.base import resolved
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Search:
         judgements: list[Judgement] = []
         tried = self._as_untried(item)
         try:
-            decisions = [decision for step in item.steps for decision in step.resolve(self.job.model)]
+            decisions = resolved(self.job.model, item.steps)[0]
             refusal = refused_by(self.job.runtime, self.job.model, decisions)
             if refusal is not None:
                 raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
@@ -181,11 +182,11 @@ def too_long(seconds: float, left: float) -> str:
 
 def unbuilt(tables: Tables, steps: Steps, why: str) -> Tried:
     """Return the record of a recipe that was not begun: its bytes are known, what was not profiled is not."""
-    decisions = [decision for step in steps for decision in step.resolve(tables.model)]
+    decisions, after = resolved(tables.model, steps)
     if tables.profile.knows(steps):
         prediction = predict(tables, steps)
     else:
-        prediction = unknown_but_for(predicted_bytes(tables, decisions))
+        prediction = unknown_but_for(predicted_bytes(tables, decisions, after))
     return Tried(name=name_of(steps), recipe=steps_recipe(steps), predicted=prediction, rejected=why)
 
 
@@ -202,8 +203,9 @@ def prove(
 ) -> tuple[Tried, list[Judgement]]:
     """Return one recipe built, checked, measured and judged. An artifact that computes something else is rejected."""
     built = build_artifact(job, steps)
-    equivalence, tensors = check_artifact(job, built)
-    measured = measure(job, built.folder, equivalence, tensors, reference)
+    equivalence, tensors = check_artifact(job, built, steps)
+    after = resolved(job.model, steps)[1]
+    measured = measure(job, built.folder, equivalence, tensors, reference, after)
     judgements = judge_measured(goal, measured, original) if goal is not None else []
     tried = Tried(
         name=name_of(steps),

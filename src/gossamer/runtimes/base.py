@@ -17,7 +17,7 @@ from gossamer.errors import RuntimeUnavailable
 if TYPE_CHECKING:
     from gossamer.models.candidate import Candidate
     from gossamer.models.quantized import ActivationSpec, QuantSpec
-    from gossamer.models.roles import ModelMap
+    from gossamer.models.roles import Cut, ModelMap
     from gossamer.models.source import Source
     from gossamer.tasks.base import Arrays, Task
 
@@ -91,6 +91,25 @@ class Runtime(ABC):
         if self.holds_caches:
             return None
         return f"files for {self.name} have no place for scales of keys and values; use --runtime torch"
+
+    @property
+    def needs_config(self) -> bool:
+        """Say whether what opens the files builds the model from its config, so that the config must say its shapes."""
+        return False
+
+    def cut_refusal(self, cut: Cut) -> str | None:
+        """Return why files cannot hold a model that is smaller in this way, or None when they can."""
+        one = cut.dimension
+        if not self.needs_config or one.attributes is None:
+            return None
+        if not one.attributes:
+            return f"no number of config.json says how many {one.kind} {one.name} has; use a runtime that holds a graph"
+        if one.sizes is not None and cut.size not in one.sizes:
+            near = sorted(sorted(one.sizes, key=lambda size: abs(size - cut.size))[:3])
+            return (
+                f"config.json does not take {cut.size} {one.kind} of {one.name}; {', '.join(map(str, near))} it takes"
+            )
+        return None
 
     @abstractmethod
     def refusal(

@@ -86,6 +86,11 @@ class TorchFolder(Runtime):
     holds_caches: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
 
+    @property
+    def needs_config(self) -> bool:
+        """Say that transformers builds the model from config.json."""
+        return True
+
     def refusal(
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
     ) -> str | None:

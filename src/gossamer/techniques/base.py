@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gossamer.models.caches import CacheSpec
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
-from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.models.roles import Cut, LayerInfo, ModelMap
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
@@ -57,9 +57,12 @@ class Decision:
     activation: ActivationSpec | None = None
     dtype: str | None = None
     cache: CacheSpec | None = None  # of an attention's keys or values, whose scale `parameter` is then
+    cut: Cut | None = None  # of a dimension, which `parameter` names then
 
     def __str__(self) -> str:
-        parts = [str(part) for part in (self.weight, self.activation, self.dtype, self.cache) if part is not None]
+        parts = [
+            str(part) for part in (self.weight, self.activation, self.dtype, self.cache, self.cut) if part is not None
+        ]
         return f"{self.parameter}: {', '.join(parts)}"
 
 
@@ -98,6 +101,18 @@ def searched(default: Any, domain: Iterable[Any], description: str) -> Any:
     return Field(default, description=description, json_schema_extra={"search": list(domain)})
 
 
+def resolved(model: ModelMap, steps: Iterable[Technique]) -> tuple[list[Decision], ModelMap]:
+    """Return all that some steps decide, one after another, and the map of the model that they leave.
+
+    Raises RecipeError as `Technique.resolve` does.
+    """
+    decisions: list[Decision] = []
+    for step in steps:
+        decisions += step.resolve(model)
+        model = step.after(model)
+    return decisions, model
+
+
 class Technique(BaseModel, ABC):
     """One step of a recipe: settings, needs, and `apply`. Frozen: two equal techniques do equal things."""
 
@@ -111,6 +126,10 @@ class Technique(BaseModel, ABC):
     @abstractmethod
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return what will be done to which parameter. Raises RecipeError when a pattern matches nothing."""
+
+    def after(self, model: ModelMap) -> ModelMap:
+        """Return the map of the model once this step is done: what later steps resolve against."""
+        return model
 
     @abstractmethod
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:

@@ -26,7 +26,8 @@ def techniques() -> dict[str, type[Technique]]:
     found: dict[str, type[Technique]] = {}
     for module in pkgutil.walk_packages(gossamer.techniques.__path__, prefix="gossamer.techniques."):
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, Technique) and not inspect.isabstract(value):
+            known = isinstance(value, type) and issubclass(value, Technique) and not value.__name__.startswith("_")
+            if known and not inspect.isabstract(value):
                 found[value.name] = value
     return dict(sorted(found.items()))
 

@@ -55,8 +55,8 @@ def _root(second_II: Tensor, damping: float) -> Tensor:
     """Return the lower Cholesky factor of damped moments; float64, since the error is divided by it."""
     extra = damping * (float(second_II.diagonal().mean()) or 1.0)
     for _ in range(8):
-        root_II, failed = torch.linalg.cholesky_ex(second_II + extra * torch.eye(len(second_II), dtype=torch.float64))
-        if not int(failed):
-            return root_II
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(second_II + extra * torch.eye(len(second_II)).double())
+        if not int(found[1]):
+            return found[0]
         extra *= 10
     raise TechniqueError("the second moments are not positive definite", "give more calibration rows")

@@ -1,0 +1,280 @@
+"""What can be cut out of a model without a mask: dimensions that run through several parameters, and go together.
+
+    ffn     channels of a feed-forward network: rows of up and gate with their biases, columns of down
+    heads   heads of an attention: rows of q, k, v, columns of o; queries that share keys and values go with them
+    layers  whole blocks of a stack
+
+They are read from the roles that the data flow showed, not from a list of architectures. Whether the model's own class
+can be built with fewer units is tried on its config (`stock.py`): where it holds one number for all blocks, the same
+number must go everywhere; parameters that follow the same number (T5's position bias has a column for each head) are
+found as what still differs, and go with them. Where no number says it, only runtimes that hold a graph can hold it.
+
+Left out, with a note: heads inside fused queries, keys and values (their order in the matrix is the model's business).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gossamer.models.dataflow import Flow
+from gossamer.models.purpose import named
+from gossamer.models.roles import Cuttable, Dimension, LayerInfo, Member, Stack
+from gossamer.models.stock import Change, Fit, Shapes, Stock, shapes_of
+
+
+def find_dimensions(
+    module: nn.Module, layers: Sequence[LayerInfo], stacks: Sequence[Stack], flow: Flow | None
+) -> tuple[tuple[Dimension, ...], list[str]]:
+    """Return the dimensions of a model whose layers have roles, and notes on what is not understood.
+
+    >>> find_dimensions(model, layers, stacks, flow)[0][0].size  # doctest: +SKIP
+    1536
+    """
+    notes: list[str] = []
+    shapes = shapes_of(module)
+    inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, notes)]
+    stock = Stock(module) if isinstance(module, PreTrainedModel) else None
+    found = [*_said_by_config(stock, shapes, inside), *_depths(module, stock, shapes, stacks)]
+    return tuple(found), notes
+
+
+def cut_shapes(shapes: Shapes, sizes: Mapping[Dimension, int], *, missing: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters after dimensions were cut to other sizes; some may be `missing` among them.
+
+    >>> cut_shapes({"up.weight": (8, 4)}, {dimension: 2})  # doctest: +SKIP
+    {'up.weight': (2, 4)}
+    """
+    found = {name: list(shape) for name, shape in shapes.items()}
+    for dimension, size in sizes.items():
+        for member in dimension.members:
+            if missing and member.parameter not in found:
+                continue
+            found[member.parameter][member.axis] -= (dimension.size - size) * member.unit
+    return {name: tuple(shape) for name, shape in found.items()}
+
+
+def _networks(layers: Sequence[LayerInfo], shapes: Shapes, notes: list[str]) -> Iterator[Dimension]:
+    """Yield the feed-forward networks of blocks: the n-th up and gate of a parent belong to its n-th down."""
+    unknown: list[str] = []
+    for (stack, block, _), inside in _by_place(layers, ("up", "gate", "down")).items():
+        downs = inside["down"]
+        for number, down in enumerate(downs):
+            written = [inside[role][number] for role in ("gate", "up") if len(inside[role]) == len(downs)]
+            channels = down.shape[1]
+            members = [member for layer in written for member in _rows(layer, shapes, channels, 1)]
+            wide = sum(layer.shape[0] for layer in written)
+            if not written or wide % channels or len(inside["up"]) != len(downs) or len(down.shape) != 2:
+                unknown.append(down.name)
+                continue
+            members.append(_columns(down, 1))
+            yield _dimension("ffn", stack, block, channels, members, [down], [*written, down])
+    if unknown:
+        notes.append(f"feed-forward networks whose channels are not understood, so that none is cut: {named(unknown)}")
+
+
+def _attentions(
+    layers: Sequence[LayerInfo], shapes: Shapes, flow: Flow | None, notes: list[str]
+) -> Iterator[Dimension]:
+    """Yield the attentions that one pass showed, each with a q, k, v and o of its own."""
+    known = {layer.name: layer for layer in layers if layer.kind == "linear" and layer.stack is not None}
+    seen: dict[str, dict[tuple[Any, ...], None]] = defaultdict(dict)  # q -> what its products are made of
+    for number, product in enumerate(flow.products if flow is not None else ()):
+        sides = tuple(
+            tuple(sorted(name for name in side if name in known))
+            for side in (product.left, product.right, product.values)
+        )
+        assert flow is not None
+        readers = tuple(name for name, origin in flow.feeds.items() if number in origin.mixed and name in known)
+        if sides[0]:
+            seen[sides[0][0]][(*sides, readers, product.key_size, product.value_size)] = None
+    unknown: list[str] = []
+    for q, found in seen.items():
+        # several products of one q: with positions, say, whose layers would have to go along
+        parts = next(iter(found)) if len(found) == 1 else ()
+        dimension = _attention([known[side[0]] for side in parts[:4]], parts, shapes) if _is_plain(parts) else None
+        if dimension is None:
+            unknown.append(q)
+        else:
+            yield dimension
+    if unknown:
+        notes.append(f"attentions whose heads are not understood, so that none is cut: {named(unknown)}")
+
+
+def _is_plain(parts: tuple[Any, ...]) -> bool:
+    """Say whether an attention has four layers of its own: q, k, v and o."""
+    sides = parts[:4]
+    return bool(sides) and all(len(side) == 1 for side in sides) and len(set(sides)) == 4
+
+
+def _attention(layers: Sequence[LayerInfo], parts: tuple[Any, ...], shapes: Shapes) -> Dimension | None:
+    """Return the heads of one attention, in groups that share keys and values; None where shapes do not say them."""
+    q, k, v, o = layers
+    key, value = parts[4:]
+    if not key or not value or k.shape[0] % key or q.shape[0] % key:
+        return None
+    groups, heads = k.shape[0] // key, q.shape[0] // key
+    if heads % groups or v.shape[0] != groups * value or o.shape[1] != heads * value:
+        return None
+    shared = heads // groups
+    members = [*_rows(q, shapes, groups, shared * key), *_rows(k, shapes, groups, key)]
+    members += [*_rows(v, shapes, groups, value), _columns(o, shared * value)]
+    assert q.stack is not None
+    return _dimension("heads", q.stack, q.block, groups, members, [o], [q, k, v, o])
+
+
+def _by_place(
+    layers: Sequence[LayerInfo], roles: Sequence[str]
+) -> dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]]:
+    """Return the layers of these roles by block (and by what holds experts), in order."""
+    found: dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]] = {}
+    for layer in layers:
+        if layer.role in roles and layer.stack is not None and layer.tied_to is None:
+            place = found.setdefault((layer.stack, layer.block, layer.experts), defaultdict(list))
+            place[layer.role].append(layer)
+    return found
+
+
+def _rows(layer: LayerInfo, shapes: Shapes, size: int, unit: int) -> list[Member]:
+    """Return a layer's outputs as members, several runs of them where it writes several tensors; its bias goes too."""
+    axis = 1 if layer.transposed else 0
+    runs = [Member(f"{layer.name}.weight", axis, unit, offset) for offset in range(0, layer.shape[0], size * unit)]
+    if f"{layer.name}.bias" in shapes:
+        runs += [replace(run, parameter=f"{layer.name}.bias", axis=0) for run in runs]
+    return runs
+
+
+def _columns(layer: LayerInfo, unit: int) -> Member:
+    return Member(f"{layer.name}.weight", 0 if layer.transposed else 1, unit)
+
+
+def _dimension(
+    kind: Cuttable,
+    stack: str,
+    block: int | None,
+    size: int,
+    members: Sequence[Member],
+    readers: Sequence[LayerInfo],
+    layers: Sequence[LayerInfo],
+) -> Dimension:
+    parts = zip(*(layer.name.split(".") for layer in layers), strict=False)
+    name = ".".join(first for first, *_ in takewhile(lambda each: len(set(each)) == 1, parts))
+    return Dimension(kind, name, stack, block, size, tuple(members), tuple(f"{one.name}.weight" for one in readers))
+
+
+def _said_by_config(stock: Stock | None, shapes: Shapes, inside: Sequence[Dimension]) -> Iterator[Dimension]:
+    """Yield the dimensions with the numbers of the config that hold their sizes: by stack, or one for all stacks."""
+    by_stack: dict[tuple[Cuttable, str, int], list[Dimension]] = defaultdict(list)
+    for dimension in inside:
+        by_stack[dimension.kind, dimension.stack, dimension.size].append(dimension)
+    left: dict[Cuttable, list[Dimension]] = defaultdict(list)
+    for (kind, _, _), alike in by_stack.items():
+        fit = _smaller(stock, shapes, alike)
+        if fit is not None and not fit.differs:
+            yield from _told(alike, stock, fit)
+        else:
+            left[kind] += alike
+    for alike in left.values():
+        sizes = {one.size for one in alike}
+        fit = _smaller(stock, shapes, alike) if len(sizes) == 1 else None
+        if fit is None:
+            yield from alike if stock is None else [replace(one, attributes=()) for one in alike]
+        elif not fit.differs:
+            yield from _told(alike, stock, fit)
+        else:
+            together = _joined(alike, fit, shapes)
+            yield from [replace(one, attributes=()) for one in alike] if together is None else [together]
+
+
+def _told(alike: Sequence[Dimension], stock: Stock | None, fit: Fit) -> list[Dimension]:
+    """Return dimensions with the numbers that say their size, and which sizes the config takes."""
+    assert stock is not None
+    size, trial = alike[0].size, _trial(alike[0].size)
+    sizes = None
+    if alike[0].kind == "heads":  # configs want some numbers to divide others
+        assert trial is not None
+        sizes = tuple(number for number in range(1, size) if stock.accepts(_scaled(stock, fit, number, trial)))
+    return [replace(one, attributes=fit.change.names(), sizes=sizes) for one in alike]
+
+
+def _scaled(stock: Stock, fit: Fit, number: int, trial: int) -> Change:
+    """Return the change that says `number` units where `fit` says `trial`; numbers that were only said stay."""
+    scaled = {
+        path: value if stock.number(path) in (None, value) else value * number // trial
+        for path, value in fit.change.numbers.items()
+    }
+    return Change(scaled, fit.change.kept_blocks)
+
+
+def _smaller(stock: Stock | None, shapes: Shapes, alike: Sequence[Dimension]) -> Fit | None:
+    """Return how the config says that these dimensions of one size are smaller, or how near it comes."""
+    size = alike[0].size
+    smaller = _trial(size)
+    if stock is None or smaller is None:
+        return None
+    multiples = {member.unit for one in alike for member in one.members}
+    numbers = {size: smaller}
+    if alike[0].kind == "heads":  # a config may count queries, keys, or all their rows
+        unit = min(multiples)
+        numbers |= {size * multiple // unit: smaller * multiple // unit for multiple in multiples}
+    pinned = min(multiples) if alike[0].kind == "heads" else None
+    return stock.fit(cut_shapes(shapes, dict.fromkeys(alike, smaller)), numbers, pinned=pinned)
+
+
+def _trial(size: int) -> int | None:
+    """Return a smaller size that a config is likely to take: half where that is whole, else the next divisor."""
+    return next((size // part for part in (2, 3, 5, 7, 11, 13) if size % part == 0 and size > part - 1), None)
+
+
+def _joined(alike: Sequence[Dimension], fit: Fit, shapes: Shapes) -> Dimension | None:
+    """Return one dimension for all, with the parameters that follow the same number; None where others differ."""
+    first, smaller = alike[0], _trial(alike[0].size)
+    extra = []
+    for name, (wanted, got) in fit.differs.items():
+        if wanted is None or got is None or len(wanted) != len(got):
+            return None
+        axes = [axis for axis, (ours, theirs) in enumerate(zip(wanted, got, strict=True)) if ours != theirs]
+        if len(axes) != 1 or shapes[name][axes[0]] != first.size or got[axes[0]] != smaller:
+            return None
+        extra.append(Member(name, axes[0]))
+    members = tuple(dict.fromkeys((*(member for one in alike for member in one.members), *extra)))
+    readers = tuple(reader for one in alike for reader in one.readers)
+    name = ", ".join(sorted({one.stack for one in alike}))
+    return Dimension(first.kind, name, first.stack, None, first.size, members, readers, fit.change.names())
+
+
+def _depths(module: nn.Module, stock: Stock | None, shapes: Shapes, stacks: Iterable[Stack]) -> Iterator[Dimension]:
+    """Yield the stacks whose blocks can be fewer; a block that alone holds a parameter stays."""
+    for stack in stacks:
+        inside: dict[int, set[str]] = defaultdict(set)
+        keys = _keys(module, stack)
+        for name in shapes:
+            for index, key in enumerate(keys):
+                if name.startswith(f"{stack.name}.{key}."):
+                    inside[index].add(name.removeprefix(f"{stack.name}.{key}."))
+        common = set.intersection(*inside.values()) if inside else set()
+        held = tuple(index for index, names in inside.items() if names - common)
+        if len(held) == stack.num_blocks or stack.num_blocks < 2 or keys != [str(n) for n in range(len(keys))]:
+            continue
+        dimension = Dimension("layers", stack.name, stack.name, None, stack.num_blocks, held=held)
+        fit = None
+        if stock is not None:
+            kept = list(range(stack.num_blocks - 1))
+            wanted = {name: shape for name, shape in shapes.items() if not name.startswith(f"{stack.name}.{keys[-1]}.")}
+            numbers = {stack.num_blocks: stack.num_blocks - 1}
+            fit = stock.fit(wanted, numbers, kept_blocks={stack.num_blocks: kept})
+        if fit is not None and not fit.differs:
+            yield replace(dimension, attributes=fit.change.names())
+        elif stock is None:
+            yield dimension
+
+
+def _keys(module: nn.Module, stack: Stack) -> list[str]:
+    container = module.get_submodule(stack.name)
+    return [key for key, child in container.named_children() if next(child.parameters(), None) is not None]

@@ -1,0 +1,287 @@
+"""Cut dimensions out of a candidate: a smaller module of the same class, its config rewritten, parameters sliced.
+
+Where the model's class can be built from a config with the smaller numbers, it is: the module is the stock one, and so
+is what opens its files. Where no config says it, the module at hand is made smaller in place, and `unsaid` tells that
+only a runtime that holds a graph can hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gossamer.errors import TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.models.dimensions import cut_shapes
+from gossamer.models.roles import Dimension, LayerInfo, ModelMap
+from gossamer.models.stock import Change, Stock, build_empty, changed_config, shapes_of
+
+Kept = Mapping[Dimension, Sequence[int]]  # units that stay, in order
+SIZES = (  # where layers hold the sizes of a matrix, and of a convolution
+    ("in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx"),
+    ("in_channels", "out_channels"),
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Say what a parameter of the smaller model is: one of the larger model's, at these indices of some axes."""
+
+    parameter: str
+    kept: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the values that stay."""
+        for axis, indices in self.kept.items():
+            values = values.index_select(axis, indices)
+        return values.contiguous()
+
+
+def slices(shapes: Mapping[str, tuple[int, ...]], kept: Kept) -> dict[str, Slice]:
+    """Return what every parameter of the smaller model is, by its new name; blocks that stay close ranks."""
+    gone: dict[str, dict[int, list[Tensor]]] = {}
+    for dimension, units in kept.items():
+        lost = torch.tensor(sorted(set(range(dimension.size)) - set(units)), dtype=torch.long)
+        for member in dimension.members:
+            indices = member.offset + lost[:, None] * member.unit + torch.arange(member.unit)
+            gone.setdefault(member.parameter, {}).setdefault(member.axis, []).append(indices.flatten())
+    found = {}
+    for name, shape in shapes.items():
+        axes = {}
+        for axis, parts in gone.get(name, {}).items():
+            stays = torch.ones(shape[axis], dtype=torch.bool)
+            stays[torch.cat(parts)] = False
+            axes[axis] = stays.nonzero().flatten()
+        renamed = _renamed(name, kept)
+        if renamed is not None:
+            found[renamed] = Slice(name, axes)
+    return found
+
+
+def _renamed(name: str, kept: Kept) -> str | None:
+    """Return the name that a parameter has once blocks are gone; None where it goes with its block."""
+    for dimension, blocks in kept.items():
+        if dimension.kind == "layers" and name.startswith(f"{dimension.stack}."):
+            index, _, rest = name.removeprefix(f"{dimension.stack}.").partition(".")
+            if not index.isdigit():
+                continue
+            if int(index) not in blocks:
+                return None
+            return f"{dimension.stack}.{list(blocks).index(int(index))}.{rest}"
+    return name
+
+
+def reduced(candidate: Candidate, kept: Kept) -> Candidate:
+    """Return the candidate without the units that do not stay; the one given is used up.
+
+    Raises TechniqueError where something was rounded before (codes are not cut), and where a model that is read piece
+    by piece has no config for its new shapes.
+
+    >>> reduced(candidate, {dimension: [0, 2, 3]}).module.config.intermediate_size  # doctest: +SKIP
+    3
+    """
+    if candidate.quantized:
+        raise TechniqueError(
+            f"{len(candidate.quantized)} parameters were rounded before this step, which cuts them",
+            "put it before the steps that round",
+        )
+    kept = {dimension: units for dimension, units in kept.items() if len(units) < dimension.size}
+    pieces = slices(shapes_of(candidate.module), kept)
+    change = said_by_config(candidate.module, kept)
+    if change is None and candidate.weights is not None:
+        raise TechniqueError(
+            f"no config of {type(candidate.module).__name__} says the smaller shapes, and it is read piece by piece",
+            "give it enough --memory to be opened whole",
+        )
+    if change is None:
+        _shrink_in_place(candidate.module, kept, pieces)
+        return replace(candidate, stock=False)
+    assert isinstance(candidate.module, PreTrainedModel)
+    module = build_empty(candidate.module, changed_config(candidate.module.config, change))
+    if candidate.module.can_generate():
+        module.generation_config = candidate.module.generation_config
+    _copy_buffers(candidate.module, module)
+
+    def value(name: str) -> Tensor:
+        return pieces[name].of(candidate.values(pieces[name].parameter))
+
+    if candidate.weights is None:
+        _fill(module, value)
+        return replace(candidate, module=module)
+    smaller = Candidate.streamed(candidate.source, module, value, candidate.weights.budget)
+    return replace(smaller, dtype=candidate.dtype, applied=candidate.applied, routed=candidate.routed)
+
+
+def said_by_config(module: nn.Module, kept: Kept) -> Change | None:
+    """Return the change of a module's config that says what stays; None where its class has no such config."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    shapes = shapes_of(module)
+    wanted = {name: piece_shape(shapes[piece.parameter], piece) for name, piece in slices(shapes, kept).items()}
+    numbers: dict[int, int] = {}
+    pinned: int | None = None
+    for dimension, units in kept.items():
+        numbers[dimension.size] = len(units)
+        for unit in {member.unit for member in dimension.members} if dimension.kind == "heads" else ():
+            least = min(member.unit for member in dimension.members)
+            numbers[dimension.size * unit // least] = len(units) * unit // least
+            pinned = least
+    blocks = {one.size: list(units) for one, units in kept.items() if one.kind == "layers"}
+    fit = Stock(module).fit(wanted, numbers, pinned=pinned, kept_blocks=blocks)
+    return fit.change if fit is not None and not fit.differs else None
+
+
+def piece_shape(shape: tuple[int, ...], piece: Slice) -> tuple[int, ...]:
+    """Return the shape of a slice of a parameter of some shape."""
+    return tuple(len(piece.kept[axis]) if axis in piece.kept else size for axis, size in enumerate(shape))
+
+
+def _fill(module: nn.Module, value: Callable[[str], Tensor]) -> None:
+    """Give every parameter of an empty module its values; those that are tied stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for prefix, part in module.named_modules():
+        for local, empty in list(part._parameters.items()):
+            if empty is not None:
+                name = f"{prefix}.{local}" if prefix else local
+                if id(empty) not in made:
+                    made[id(empty)] = nn.Parameter(value(name).clone(), requires_grad=False)
+                part._parameters[local] = made[id(empty)]
+
+
+def _copy_buffers(before: nn.Module, after: nn.Module) -> None:
+    """Copy the buffers that are part of the weights (not those that a class computes from its config)."""
+    old, saved = dict(before.named_buffers()), before.state_dict().keys()
+    with torch.no_grad():
+        for name, buffer in after.named_buffers():
+            if name in saved and name in old and old[name].shape == buffer.shape:
+                buffer.copy_(old[name])
+
+
+def _shrink_in_place(module: nn.Module, kept: Kept, pieces: Mapping[str, Slice]) -> None:
+    """Take units out of a module that no config describes afterwards."""
+    cut = {piece.parameter: piece for piece in pieces.values() if piece.kept}
+    tied: dict[int, nn.Parameter] = {}
+    for prefix, part in list(module.named_modules()):
+        for local, before in list(part._parameters.items()):
+            piece = cut.get(f"{prefix}.{local}" if prefix else local)
+            if before is not None and piece is not None:
+                if id(before) not in tied:
+                    tied[id(before)] = nn.Parameter(piece.of(before.detach()), requires_grad=False)
+                part._parameters[local] = tied[id(before)]
+                if local == "weight":
+                    _tell_sizes(part, before, tied[id(before)])
+    for dimension, units in kept.items():
+        if dimension.kind == "heads":
+            _tell_heads(module, dimension, len(units))
+    for dimension, blocks in kept.items():
+        if dimension.kind == "layers":
+            parent, _, name = dimension.stack.rpartition(".")
+            stack = module.get_submodule(dimension.stack)
+            members = dict(stack.named_children())
+            setattr(module.get_submodule(parent), name, type(stack)([members[str(index)] for index in blocks]))
+
+
+def _tell_heads(module: nn.Module, dimension: Dimension, size: int) -> None:
+    """Write the new number of heads where an attention holds the old one."""
+    units = [member.unit for member in dimension.members]
+    old = {dimension.size * unit // min(units): size * unit // min(units) for unit in units}
+    owners = {member.parameter.rpartition(".")[0].rpartition(".")[0] for member in dimension.members}
+    for part in map(module.get_submodule, owners):
+        for name, value in list(vars(part).items()):
+            if "head" in name and type(value) is int and value in old:
+                setattr(part, name, old[value])
+
+
+def _tell_sizes(part: nn.Module, before: Tensor, after: Tensor) -> None:
+    """Write a layer's new sizes where it holds the old ones."""
+    for axis, old in enumerate(before.shape):
+        for name in SIZES[before.dim() == 4]:
+            if getattr(part, name, None) == old and after.shape[axis] != old and _axis_of(part, name, before) == axis:
+                setattr(part, name, after.shape[axis])
+
+
+def _axis_of(part: nn.Module, name: str, weight: Tensor) -> int:
+    """Return the axis of a layer's weight that one of its numbers counts."""
+    outputs_first = not hasattr(part, "nf")  # GPT-2's Conv1D has its inputs first
+    counts_outputs = name in ("out_features", "num_embeddings", "nf", "out_channels")
+    return 0 if counts_outputs == outputs_first else 1
+
+
+def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
+    """Return the map of a model after dimensions were cut to other sizes, without looking at the model.
+
+    Of a stack that lost blocks the first ones are described: which ones stay is found out later, and they are alike.
+    """
+    depth = {dimension.stack: size for dimension, size in sizes.items() if dimension.kind == "layers"}
+
+    def stays(one: LayerInfo | Dimension) -> bool:
+        return one.stack not in depth or one.block is None or one.block < depth[one.stack]
+
+    stored = {f"{layer.name}.weight": layer.shape[::-1] if layer.transposed else layer.shape for layer in model.layers}
+    after = cut_shapes(stored, {one: size for one, size in sizes.items() if one.kind != "layers"}, missing=True)
+    biases = {name: removed for name, removed in _lost_biases(sizes).items() if name not in stored}
+    layers = tuple(_smaller_layer(layer, after, biases) for layer in model.layers if stays(layer))
+    inside = {stack.name: stack for stack in model.stacks}
+    lost = sum(layer.num_parameters for layer in model.layers) - sum(layer.num_parameters for layer in layers)
+    attended = model.macs - sum(layer.macs for layer in model.layers)
+    share = _attention_left(model, sizes, depth)
+    stacks = tuple(
+        replace(
+            stack,
+            num_blocks=depth.get(name, stack.num_blocks),
+            num_parameters=sum(one.num_parameters for one in layers if one.stack == name and one.block == 0),
+        )
+        for name, stack in inside.items()
+    )
+    bytes_each = model.num_bytes / max(1, model.num_parameters)
+    return replace(
+        model,
+        layers=layers,
+        stacks=stacks,
+        num_parameters=model.num_parameters - lost,
+        num_bytes=round((model.num_parameters - lost) * bytes_each),
+        macs=sum(layer.macs for layer in layers) + round(attended * share),
+        dimensions=tuple(_smaller_dimension(one, sizes.get(one, one.size)) for one in model.dimensions if stays(one)),
+    )
+
+
+def _lost_biases(sizes: Mapping[Dimension, int]) -> dict[str, int]:
+    """Return how many values every parameter other than a weight loses."""
+    lost: dict[str, int] = {}
+    for dimension, size in sizes.items():
+        for member in dimension.members:
+            if not member.parameter.endswith(".weight"):
+                lost[member.parameter] = lost.get(member.parameter, 0) + (dimension.size - size) * member.unit
+    return lost
+
+
+def _smaller_layer(layer: LayerInfo, after: Mapping[str, tuple[int, ...]], biases: Mapping[str, int]) -> LayerInfo:
+    now = after[f"{layer.name}.weight"]
+    shape = now[::-1] if layer.transposed else now
+    before, left = prod(layer.shape), prod(shape)
+    lost = before - left + biases.get(f"{layer.name}.bias", 0)
+    count = layer.num_parameters - lost if layer.tied_to is None else layer.num_parameters
+    return replace(layer, shape=shape, num_parameters=count, macs=round(layer.macs * left / max(1, before)))
+
+
+def _attention_left(model: ModelMap, sizes: Mapping[Dimension, int], depth: Mapping[str, int]) -> float:
+    """Return the share of the products of attention that is left, by heads and blocks."""
+    heads = [one for one in model.dimensions if one.kind == "heads"]
+    before = sum(one.size for one in heads)
+    cut = sum(one.size - sizes.get(one, one.size) for one in heads) / before if before else 0.0
+    if before and all(one.block is not None for one in heads):
+        gone = sum(one.size for one in heads if one.block is not None and one.block >= depth.get(one.stack, before))
+        return 1 - cut - gone / before
+    blocks = sum(stack.num_blocks for stack in model.stacks)
+    left = sum(depth.get(stack.name, stack.num_blocks) for stack in model.stacks)
+    return (1 - cut) * left / blocks if blocks else 1 - cut
+
+
+def _smaller_dimension(dimension: Dimension, size: int) -> Dimension:
+    members = tuple(replace(member, offset=member.offset * size // dimension.size) for member in dimension.members)
+    return replace(dimension, size=size, members=members)

@@ -1,0 +1,368 @@
+"""The technique `prune`: channels, heads and whole blocks are cut out of the weights and of the config.
+
+What is left is an ordinary smaller model: its class loads it, no mask is kept, and every runtime is faster by what is
+no longer computed. Which units go is chosen block after block in one sweep, from what the blocks before it have become;
+the weights that read a dimension make up for what goes (`units.py`). Until the end of the sweep what goes is only zero:
+the model that was swept and the one that is cut compute the same, which is checked.
+
+Where a model has one number for all blocks (most do), the same number of units goes everywhere. Blocks go by how little
+their outputs differ from their inputs, or by what the predictions lose without each (`blocks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from gossamer.errors import RecipeError, TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import rows_of
+from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.blockwise import Block, BlockTechnique, observe
+from gossamer.techniques.prune.blocks import blocks_to_go
+from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
+from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
+from gossamer.techniques.quantize.sensitivity import sensitivities
+
+ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
+OF_UNITS = ("obs", "fisher", "activation", "magnitude")
+OF_BLOCKS = ("influence", "divergence")
+By = Literal["obs", "fisher", "activation", "magnitude", "influence", "divergence"]
+
+
+class Prune(BlockTechnique):
+    """Cut channels of feed-forward networks, heads of attentions, or whole blocks out of the model and its config.
+
+    In a recipe: `- prune: {what: ffn, to: 50%}` or `- prune: {what: layers, remove: 2}`, before steps that round.
+    """
+
+    name: ClassVar[str] = "prune"
+    family: ClassVar[str] = "prune"
+    needs: ClassVar[Needs] = Needs(
+        calibration_rows=MIN_SAMPLES,
+        before=(
+            "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales", "kv_cache",
+            "cast",
+        ),
+    )  # fmt: skip
+
+    what: Cuttable = Field(description="ffn (channels of feed-forward networks), heads (of attentions), or layers")
+    to: str | float | None = Field(None, description="what stays, of each: a share (50%) or a number of units")
+    remove: int | tuple[int, ...] | None = Field(
+        None, description="what goes, of each: a number of units, or (layers) which blocks, counted from 0"
+    )
+    by: By | None = Field(
+        None,
+        description="which units go: obs (the default), fisher, activation, magnitude; layers: influence (the "
+        "default), divergence",
+    )
+    targets: tuple[str, ...] = Field(
+        ("*",), description="names of stacks or blocks, patterns with *: where it is cut; a part of a name is enough"
+    )
+    multiple: int = Field(1, ge=1, description="what stays is rounded up to a multiple of this")
+    refit: bool = Field(True, description="let the weights that stay, and biases, make up for what goes")
+    damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _read_share(cls, value: Any) -> Any:
+        if isinstance(value, str) and _share(value) is None:
+            raise ValueError(f"{value!r} is neither a share like 50% nor a number")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if (self.to is None) == (self.remove is None):
+            raise ValueError("say either `to` (what stays) or `remove` (what goes)")
+        if self.what != "layers" and isinstance(self.remove, tuple):
+            raise ValueError("which units go is found out; only blocks can be named (what: layers)")
+        fitting = OF_BLOCKS if self.what == "layers" else OF_UNITS
+        if self.by is not None and self.by not in fitting:
+            raise ValueError(f"{self.what} are chosen by {', '.join(fitting)}, not by {self.by}")
+        return self
+
+    def rows_needed(self) -> int:
+        """Return how many calibration rows this step cannot do without: none where only sizes of weights count."""
+        blind = isinstance(self.remove, tuple) or (self._by == "magnitude" and not self.refit)
+        return 0 if blind else super().rows_needed()
+
+    def label(self) -> str:
+        """Return what is cut and how far: `prune ffn to 50%`."""
+        if self.to is not None:
+            return f"{self.name} {self.what} to {self.to} by {self._by}"
+        gone = self.remove if isinstance(self.remove, int) else ", ".join(map(str, self.remove or ()))
+        return f"{self.name} {self.what}, {gone} fewer by {self._by}"
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return one decision for each dimension that is cut.
+
+        Raises RecipeError where the model has none of that kind, where a target matches none, and for sizes that leave
+        nothing or cut nothing.
+        """
+        layers = {f"{layer.name}.weight": layer for layer in model.layers}
+        return [
+            Decision(parameter=f"{one.name}: {one.kind}", layer=_shown(one, layers), cut=Cut(one, size))
+            for one, size in self.sizes(model).items()
+        ]
+
+    def after(self, model: ModelMap) -> ModelMap:
+        """Return the map of the model once it is cut."""
+        return reduced_map(model, self.sizes(model))
+
+    def sizes(self, model: ModelMap) -> dict[Dimension, int]:
+        """Return the size that each dimension is cut to. Raises RecipeError as `resolve` does."""
+        found = [one for one in model.dimensions if one.kind == self.what]
+        if not found:
+            raise RecipeError(f"no {self.what} of this model can be cut", "`gossamer inspect` says why, by name")
+        for target in self.targets:
+            if not any(_meant(one, target) for one in found):
+                names = sorted({one.stack for one in found})
+                raise RecipeError(
+                    f"targets: {target!r} matches none of {len(found)} places", f"known: {', '.join(names)}"
+                )
+        chosen = [one for one in found if any(_meant(one, target) for target in self.targets)]
+        return {one: self._size(one) for one in chosen}
+
+    def _size(self, one: Dimension) -> int:
+        if isinstance(self.remove, tuple):
+            if wrong := sorted(number for number in self.remove if not 0 <= number < one.size):
+                raise RecipeError(f"{one.name} has no block {wrong[0]}: it has {one.size}, from 0", "name those it has")
+            if held := sorted(set(self.remove) & set(one.held)):
+                raise RecipeError(f"block {held[0]} of {one.name} holds what the others read", "remove another one")
+            size = one.size - len(set(self.remove))
+        elif self.remove is not None:
+            size = one.size - self.remove
+        else:
+            share = _share(self.to) if isinstance(self.to, str) else self.to
+            assert share is not None
+            size = round(one.size * share) if isinstance(self.to, str) or share < 1 else int(share)
+            size = -(-size // self.multiple) * self.multiple
+        least = max(1, len(one.held))
+        if not least <= size < one.size:
+            raise RecipeError(
+                f"{self.what} of {one.name}: {size} of {one.size} would stay", f"leave from {least} to {one.size - 1}"
+            )
+        return size
+
+    @property
+    def _by(self) -> By:
+        return self.by or ("influence" if self.what == "layers" else "obs")
+
+    def solve(self, block: Block) -> None:
+        """Do nothing: the sweep is `_Masking`'s."""
+
+    def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
+        """Return the bytes of the samples, and of the block at hand."""
+        if self.what == "layers":
+            return Technique.working_bytes(self, model, num_samples, sample_bytes) + self.samples * sample_bytes
+        return self._masking(self.sizes(model), {}).working_bytes(model, num_samples, sample_bytes)
+
+    def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+        """Return a smaller candidate."""
+        sizes = self.sizes(model)
+        if self.what == "layers":
+            kept = self._kept_blocks(candidate, sizes, context)
+        else:
+            candidate = self._masked(candidate, model, sizes, context)
+            kept = {one: _kept_units(candidate, one, size) for one, size in sizes.items()}
+        expected = _computed(candidate, context) if self.what != "layers" else None
+        smaller = reduced(candidate, kept)
+        if expected is not None:
+            _check_same(expected, _computed(smaller, context), self.label())
+        smaller.applied.append(self.entry())
+        return smaller
+
+    def _kept_blocks(
+        self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[Dimension, list[int]]:
+        kept = {}
+        for one, size in sizes.items():
+            gone = set(self.remove) if isinstance(self.remove, tuple) else set(
+                blocks_to_go(candidate, one, one.size - size, self._by, self._samples(context), context)
+            )  # fmt: skip
+            kept[one] = [number for number in range(one.size) if number not in gone]
+        return kept
+
+    def _masked(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> Candidate:
+        """Return the candidate with what goes set to zero in the weights that read it, the others making up for it."""
+        chosen = self._chosen(candidate, model, sizes, context)
+        if self.rows_needed():
+            from gossamer.techniques.sweep import Sweep  # a sweep is made of what stands in blockwise.py
+
+            masking = self._masking(sizes, chosen)
+            Sweep(masking, candidate, model, context, masking.resolve(model)).run()
+            return candidate
+        layers = {f"{layer.name}.weight": layer for layer in model.layers}
+        for reader, (unit, _) in _readers(sizes).items():
+            weight, transposed = candidate.values(reader), layers[reader].transposed
+            rows_OI = rows_of(weight, transposed).clone()
+            rows_OI.view(len(rows_OI), -1, unit)[:, list(chosen[reader])] = 0.0
+            after = (rows_OI.t() if transposed else rows_OI).reshape(weight.shape).contiguous()
+            candidate.put_weight(reader, partial(_itself, after))
+        return candidate
+
+    def _masking(self, sizes: Mapping[Dimension, int], chosen: Mapping[str, tuple[int, ...]]) -> _Masking:
+        return _Masking(
+            step=self.entry(),
+            readers=_readers(sizes),
+            chosen=dict(chosen),
+            refit=self.refit,
+            damping=self.damping,
+            samples=self.samples,
+            calibration_dtype=self.calibration_dtype,
+        )
+
+    def _chosen(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[str, tuple[int, ...]]:
+        """Return what is known before the sweep: everything but what `obs` finds in each block by itself."""
+        wanted = {one: size for one, size in sizes.items() if self._by != "obs" or len(one.readers) > 1}
+        if not wanted:
+            return {}
+        scores = self._scores(candidate, model, wanted, context)
+        found: dict[str, tuple[int, ...]] = {}
+        for one, size in wanted.items():
+            total_U = torch.stack([scores[reader] for reader in one.readers]).sum(0)
+            if not bool(torch.isfinite(total_U).all()):
+                raise TechniqueError(
+                    f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
+                )
+            gone = torch.argsort(total_U, stable=True)[: one.size - size].tolist()
+            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
+        return found
+
+    def _scores(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[str, Tensor]:
+        """Return the score of every unit, [U], by the weight that reads it, from passes through the whole model."""
+        layers = {f"{layer.name}.weight": layer for layer in model.layers}
+        units = {reader: unit for reader, (unit, _) in _readers(sizes).items()}
+        rows = {name: rows_of(candidate.values(name).float(), layers[name].transposed) for name in units}
+        if self._by == "magnitude":
+            return {name: magnitude_scores(rows[name], unit) for name, unit in units.items()}
+        modules = {name: candidate.module.get_submodule(layers[name].name) for name in units}
+        samples, forward = self._samples(context), _forward(candidate, context)
+        if self._by == "fisher":
+            found = sensitivities(candidate.module, forward, samples, modules, seed=context.seed)
+            _check_reached(units, found)
+            return {
+                name: fisher_scores(rows[name], found[name].moments.second_II, found[name].fisher_O, unit)
+                for name, unit in units.items()
+            }
+        with torch.no_grad():
+            runs = [partial(forward, candidate.module, sample) for sample in samples]
+            seen = observe(modules, runs)
+        _check_reached(units, seen)
+        if self._by == "activation":
+            return {name: activation_scores(seen[name].mean_abs_I, unit) for name, unit in units.items()}
+        return {
+            name: obs_scores(rows[name], seen[name].second_II, unit, damping=self.damping)
+            for name, unit in units.items()
+        }
+
+    def _samples(self, context: Context) -> list[dict[str, Tensor]]:
+        count = min(self.samples, len(context.calibration))
+        if count < self.rows_needed():
+            raise TechniqueError(
+                f"{self.label()} needs {self.rows_needed()} calibration samples, {count} were given",
+                "give more rows with --data",
+            )
+        picked = [context.calibration[number * len(context.calibration) // count] for number in range(count)]
+        return [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing yet: it is carried out where a recipe asks for it."""
+        yield from ()
+
+
+def _itself(values: Tensor) -> Tensor:
+    return values
+
+
+def _readers(sizes: Mapping[Dimension, int]) -> dict[str, tuple[int, int]]:
+    """Return for each weight that reads a dimension the columns of a unit, and how many units go."""
+    found: dict[str, tuple[int, int]] = {}
+    for one, size in sizes.items():
+        units = {member.parameter: member.unit for member in one.members if member.parameter in one.readers}
+        found |= {reader: (units[reader], one.size - size) for reader in one.readers}
+    return found
+
+
+def _kept_units(candidate: Candidate, one: Dimension, size: int) -> list[int]:
+    """Return the units that stay: those that a reader has columns for that are not all zero, and others to fill up."""
+    left_U = torch.zeros(one.size, dtype=torch.bool)
+    for member in one.members:
+        if member.parameter in one.readers:
+            columns = candidate.values(member.parameter).movedim(member.axis, 0)
+            left_U |= (columns.flatten(1) != 0).any(1).view(-1, member.unit).any(1)
+    kept = left_U.nonzero().flatten().tolist()
+    assert len(kept) <= size, f"{len(kept)} units of {one.name} are not zero, {size} may stay"
+    spare = (~left_U).nonzero().flatten().tolist()  # they did nothing before either
+    return sorted([*kept, *spare[: size - len(kept)]])
+
+
+def _forward(candidate: Candidate, context: Context) -> Any:
+    source, output = candidate.source, context.task.output
+    return lambda module, inputs: source.forward(module, inputs, output)
+
+
+def _computed(candidate: Candidate, context: Context) -> Tensor | None:
+    """Return what a model in memory computes for the example; None where it is read piece by piece."""
+    if candidate.weights is not None:
+        return None
+    inputs = {name: torch.from_numpy(values) for name, values in context.example.items()}
+    with torch.no_grad():
+        found: Tensor = _forward(candidate, context)(candidate.module, inputs)
+    return found
+
+
+def _check_same(expected: Tensor, found: Tensor | None, label: str) -> None:
+    """Raise TechniqueError where the cut model computes something else than the masked one."""
+    assert found is not None
+    largest, away = float(expected.abs().max()), float((found - expected).abs().max())
+    if not away <= ROUNDING * max(largest, torch.finfo(torch.float32).tiny):
+        raise TechniqueError(
+            f"{label}: the smaller model is off the masked one by {away:.2e} where outputs reach {largest:.2e}: some "
+            "weight has its units in another order than was thought",
+            "leave this model's units as they are, and say so to us",
+        )
+
+
+def _check_reached(wanted: Mapping[str, int], found: Mapping[str, object]) -> None:
+    if missing := [name for name in wanted if name not in found]:
+        raise TechniqueError(f"no calibration sample reaches {missing[0]}", "give other rows, or choose by magnitude")
+
+
+def _share(text: str) -> float | None:
+    """Return 0.5 for `50%`, None for what is no share."""
+    number = text.strip().removesuffix("%").strip()
+    try:
+        return float(number) / 100 if text.strip().endswith("%") else None
+    except ValueError:
+        return None
+
+
+def _meant(one: Dimension, target: str) -> bool:
+    """Say whether a target means a dimension: its name or its stack's, a pattern, or a part of the name."""
+    parts = set(one.name.split(".")) | set(one.stack.split("."))
+    return target in parts or any(
+        fnmatchcase(name, target) or name.startswith(f"{target}.") for name in (one.name, one.stack)
+    )
+
+
+def _shown(one: Dimension, layers: Mapping[str, LayerInfo]) -> LayerInfo:
+    """Return the layer that stands for a dimension in tables."""
+    if one.readers:
+        return layers[one.readers[0]]
+    return next(layer for layer in layers.values() if layer.stack == one.stack)

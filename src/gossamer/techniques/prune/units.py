@@ -1,0 +1,148 @@
+"""Which units of a dimension go, seen from the weight that reads them, and how what stays makes up for them.
+
+A unit u (a channel of a feed-forward network, a head) is a few columns of the weight that reads it, W_u [O, b], with
+inputs x_u. Taking it out changes the layer's output by W_u x_u. With S the second moments of all inputs:
+
+    magnitude    |W_u|                               Li et al., "Pruning Filters for Efficient ConvNets", 2016
+    activation   mean of E |x_j| over its inputs     Muralidharan et al., "Minitron", 2024, section 2.2
+    fisher       1/2 sum_o F_o W_ou S_uu W_ou^T      what the predictions move by, F as in `sensitivity.py`
+    obs          tr W_u [(S^-1)_uu]^-1 W_u^T         Kurtic et al., "ZipLM", 2023, section 3.1, equation 2
+
+The first three take units as if each went alone. `obs` takes one after another: after each, all other columns make up
+for it (W -= W_u [(S^-1)_uu]^-1 (S^-1)_u:), S^-1 loses it, and what is left is judged anew, so that of two units that do
+the same work only one goes.
+
+Whichever go, the weights that stay can make up for them at once: the best ones for the columns K that stay are
+
+    W'_K = W S_:K (S_KK)^-1
+
+the least squares fit to the outputs of the whole layer. For `obs` these are the weights that its steps end at.
+
+Shape suffixes: O outputs, I inputs, U units, b inputs of one unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import TechniqueError
+
+SHARE_AT_A_TIME = 0.01  # of the units that are left may go together between two judgements of `obs`, one at least
+
+
+def magnitude_scores(weight_OI: Tensor, unit: int) -> Tensor:
+    """Return the length of each unit's columns, [U].
+
+    >>> magnitude_scores(torch.tensor([[3.0, 4.0, 0.0, 1.0]]), unit=2).tolist()
+    [5.0, 1.0]
+    """
+    return weight_OI.float().square().sum(0).view(-1, unit).sum(1).sqrt()
+
+
+def activation_scores(mean_abs_I: Tensor, unit: int) -> Tensor:
+    """Return the mean magnitude of each unit's inputs, [U]."""
+    return mean_abs_I.float().view(-1, unit).mean(1)
+
+
+def fisher_scores(weight_OI: Tensor, second_II: Tensor, fisher_O: Tensor, unit: int) -> Tensor:
+    """Return what each unit's going alone is predicted to move the predictions by, in nats, [U]."""
+    weighted_OI = weight_OI.double() * fisher_O.double()[:, None].sqrt()
+    blocks_Ubb = _diagonal_blocks(second_II.double(), unit)
+    columns_UOb = weighted_OI.view(len(weight_OI), -1, unit).transpose(0, 1)
+    return 0.5 * ((columns_UOb @ blocks_Ubb) * columns_UOb).sum((1, 2))
+
+
+def obs_scores(weight_OI: Tensor, second_II: Tensor, unit: int, *, damping: float = 0.01) -> Tensor:
+    """Return what each unit's going alone leaves of the output's error once the others make up for it, [U]."""
+    inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
+    return _losses(weight_OI.double(), inverse_II, unit, torch.ones(weight_OI.shape[1] // unit, dtype=torch.bool))
+
+
+def obs_order(weight_OI: Tensor, second_II: Tensor, unit: int, count: int, *, damping: float = 0.01) -> list[int]:
+    """Return `count` units in the order in which they go, least loss first, the rest making up for each.
+
+    Raises TechniqueError for moments that are not finite or singular whatever the damping.
+
+    >>> obs_order(torch.tensor([[1.0, 2.0, 0.1]]), torch.eye(3), unit=1, count=2)
+    [2, 0]
+    """
+    inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
+    weight_OI = weight_OI.double().clone()
+    num_units = weight_OI.shape[1] // unit
+    left = torch.ones(num_units, dtype=torch.bool)
+    gone: list[int] = []
+    while len(gone) < count:
+        pivots_Ubb = _diagonal_blocks(inverse_II, unit)
+        pivots_Ubb[~left] = torch.eye(unit, dtype=torch.float64)  # these are zero by now
+        columns_UOb = weight_OI.view(len(weight_OI), num_units, unit).transpose(0, 1)
+        losses_U = (torch.linalg.solve(pivots_Ubb, columns_UOb.transpose(1, 2)) * columns_UOb.transpose(1, 2)).sum(
+            (1, 2)
+        )
+        losses_U[~left] = torch.inf
+        together = min(count - len(gone), max(1, int(SHARE_AT_A_TIME * (num_units - len(gone)))))
+        chosen = torch.argsort(losses_U, stable=True)[:together]
+        gone += chosen.tolist()
+        left[chosen] = False
+        at = (chosen[:, None] * unit + torch.arange(unit)).flatten()
+        rows_GI = inverse_II[at]
+        solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
+        weight_OI -= weight_OI[:, at] @ solved_GI
+        inverse_II -= rows_GI.t() @ solved_GI
+        weight_OI[:, at] = 0.0
+        inverse_II[at] = 0.0
+        inverse_II[:, at] = 0.0
+    return gone
+
+
+def _losses(weight_OI: Tensor, inverse_II: Tensor, unit: int, left_U: Tensor) -> Tensor:
+    pivots_Ubb = _diagonal_blocks(inverse_II, unit)
+    pivots_Ubb[~left_U] = torch.eye(unit, dtype=torch.float64)  # what went is zero there
+    columns_UbO = weight_OI.t().reshape(-1, unit, len(weight_OI))
+    losses_U: Tensor = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
+    losses_U[~left_U] = torch.inf
+    return losses_U
+
+
+def made_up_for(weight_OI: Tensor, second_II: Tensor, stays_I: Tensor, *, damping: float = 0.01) -> Tensor:
+    """Return the weight whose outputs are nearest to the whole layer's with only the inputs that stay, float32 [O, I].
+
+    `stays_I` is bool; the other columns of the result are zero.
+
+    >>> made_up_for(torch.ones(1, 2), torch.ones(2, 2), torch.tensor([True, False]), damping=1e-9).round().tolist()
+    [[2.0, 0.0]]
+    """
+    second_II = second_II.double()
+    damped_II = second_II + _extra(second_II, damping) * torch.eye(len(second_II), dtype=torch.float64)
+    wanted_OK = weight_OI.double() @ damped_II[:, stays_I]  # damped too: where all stay, nothing moves
+    factor_KK = _factor(second_II[stays_I][:, stays_I], damping, _extra(second_II, damping))
+    found_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
+    found_OI[:, stays_I] = torch.cholesky_solve(wanted_OK.t(), factor_KK).t()
+    return found_OI.float()
+
+
+def _diagonal_blocks(matrix_II: Tensor, unit: int) -> Tensor:
+    """Return the square blocks on the diagonal, [U, b, b]."""
+    if unit == 1:
+        return matrix_II.diagonal().clone().view(-1, 1, 1)
+    blocks = matrix_II.view(len(matrix_II) // unit, unit, -1, unit)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+
+def _extra(second_II: Tensor, damping: float) -> float:
+    return damping * (float(second_II.diagonal().mean()) or 1.0)
+
+
+def _factor(second_II: Tensor, damping: float, extra: float | None = None) -> Tensor:
+    """Return the lower Cholesky factor of damped moments; ten times the damping where it does not exist."""
+    if not bool(torch.isfinite(second_II).all()):
+        raise TechniqueError("the inputs of a layer are NaN or infinite on calibration rows", "look at these rows")
+    added = _extra(second_II, damping) if extra is None else extra
+    for _ in range(6):
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(
+            second_II + added * torch.eye(len(second_II), dtype=torch.float64)
+        )
+        if not int(found[1]):
+            return found[0]
+        added *= 10
+    raise TechniqueError("second moments of a layer's inputs are not positive definite", "give more calibration rows")

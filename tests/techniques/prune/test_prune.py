@@ -1,0 +1,247 @@
+"""`prune` on tiny models: nearer to the original than blind cutting, what it refuses, and resumed to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from gossamer.errors import RecipeError, TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.recipe import Recipe, Step
+from gossamer.run.progress import Silent
+from gossamer.run.workspace import Run
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context, resolved
+from gossamer.techniques.prune import masking
+from gossamer.techniques.prune.blocks import skipped
+from gossamer.techniques.prune.prune import Prune
+from gossamer.techniques.quantize.calibrated import Gptq
+from gossamer.techniques.registry import resolve
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 32, "initializer_range": 0.2, "attn_implementation": "eager",
+}  # fmt: skip
+TASK = get_task("causal-lm")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES)).eval()
+    with torch.no_grad():  # channels that do much and channels that do little, in no order of size
+        for block in network.model.layers:
+            block.mlp.up_proj.weight.mul_(torch.rand(64, 1).square() * 3)
+            block.mlp.down_proj.weight.mul_(torch.rand(1, 64) + 0.5)
+    return network
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES)).eval()
+
+
+def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    found = module(**inputs).logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def opened(network: nn.Module, rows: int = 32, **more: Any) -> tuple[Candidate, ModelMap, Context]:
+    draw = np.random.default_rng(0)
+    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(rows)]
+    source = Source.open(network, forward=logits)
+    candidate = Candidate(source=source, module=source.module(TASK))
+    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
+    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), **more)
+    return candidate, map_model(candidate.module, example, source.forward), context
+
+
+def distance(step: Prune, network: nn.Module) -> float:
+    """Return the squared distance of the logits to the original's, on other samples than the step was given."""
+    candidate, model, context = opened(network)
+    changed = step.apply(candidate, model, context).module
+    draw = torch.Generator().manual_seed(1)
+    samples = [{"input_ids": torch.randint(1, 64, (1, 16), generator=draw)} for _ in range(32)]
+    with torch.no_grad():
+        return sum(float((logits(changed, x) - logits(network, x)).square().sum()) for x in samples)
+
+
+@pytest.mark.parametrize("network", [llama, bert], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("what", ["ffn", "heads"])
+def test_what_stays_makes_up_for_what_goes(network: Any, what: Any) -> None:
+    blind = distance(Prune(what=what, to="50%", by="magnitude", refit=False), network())
+    assert distance(Prune(what=what, to="50%", by="magnitude"), network()) < blind
+    assert distance(Prune(what=what, to="50%"), network()) < blind
+
+
+@pytest.mark.parametrize("by", ["fisher", "activation"])
+def test_scores_of_samples_choose_better_than_sizes_of_weights(by: Any) -> None:
+    assert distance(Prune(what="ffn", to="50%", by=by, refit=False), llama()) < distance(
+        Prune(what="ffn", to="50%", by="magnitude", refit=False), llama()
+    )
+
+
+@pytest.mark.parametrize("by", ["influence", "divergence"])
+def test_the_block_that_does_nothing_goes_first(by: Any) -> None:
+    network = llama()
+    with torch.no_grad():
+        for name in ("mlp.down_proj", "self_attn.o_proj"):
+            network.get_parameter(f"model.layers.2.{name}.weight").mul_(1e-4)
+    candidate, model, context = opened(network)
+    last = network.get_parameter("model.layers.3.mlp.up_proj.weight").detach().clone()
+    smaller = Prune(what="layers", remove=1, by=by).apply(candidate, model, context)
+    assert torch.equal(smaller.module.get_parameter("model.layers.2.mlp.up_proj.weight"), last)
+    assert smaller.module.config.num_hidden_layers == 3  # type: ignore[union-attr]
+    assert distance(Prune(what="layers", remove=1, by=by), network) < distance(
+        Prune(what="layers", remove=(0,)), network
+    )
+
+
+def test_a_skipped_block_hands_on_what_it_is_given() -> None:
+    block = nn.Linear(3, 3)
+    given = torch.randn(2, 3)
+    with skipped(block):
+        assert torch.equal(block(given), given)
+    assert not torch.equal(block(given), given)
+
+
+def test_a_recipe_goes_on_with_the_smaller_model() -> None:
+    candidate, model, context = opened(llama())
+    steps = resolve(
+        Recipe(
+            steps=(
+                Step(technique="prune", settings={"what": "layers", "remove": 2}),
+                Step(technique="prune", settings={"what": "ffn", "to": 32}),
+                Step(technique="prune", settings={"what": "heads", "to": "50%"}),
+                Step(technique="gptq", settings={"bits": 8, "group_size": 16, "targets": ["down", "q"]}),
+            )
+        )
+    )
+    decisions, after = resolved(model, steps)
+    for step in steps:
+        candidate = step.apply(candidate, model, context)
+        model = step.after(model)
+    assert model == after
+    assert [str(one.cut) for one in decisions if one.cut][:2] == ["4 to 2 layers", "64 to 32 ffn"]
+    config = candidate.module.config
+    assert (config.num_hidden_layers, config.intermediate_size) == (2, 32)  # type: ignore[union-attr]
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)  # type: ignore[union-attr]
+    assert {name: tuple(codes.codes.shape) for name, codes in candidate.quantized.items()} == {
+        f"{one.layer.name}.weight": one.layer.shape for one in decisions if one.weight
+    }
+    assert candidate.applied == [step.entry() for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"what": "ffn"}, "say either `to` .* or `remove`"),
+        ({"what": "ffn", "to": "50%", "remove": 3}, "say either `to` .* or `remove`"),
+        ({"what": "ffn", "to": "half"}, "'half' is neither a share"),
+        ({"what": "ffn", "to": "50%", "by": "influence"}, "chosen by obs, fisher, .*, not by influence"),
+        ({"what": "layers", "remove": 1, "by": "obs"}, "chosen by influence, divergence, not by obs"),
+        ({"what": "heads", "remove": [0]}, "only blocks can be named"),
+        ({"what": "ffn", "to": "0%"}, "0 of 64 would stay"),
+        ({"what": "ffn", "to": "100%"}, "64 of 64 would stay"),
+        ({"what": "heads", "remove": 2}, "0 of 2 would stay"),
+        ({"what": "layers", "remove": 4}, "0 of 4 would stay"),
+        ({"what": "layers", "remove": [7]}, "has no block 7: it has 4, from 0"),
+        ({"what": "ffn", "to": "50%", "targets": ["encoder"]}, "'encoder' matches none of 4 places"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_with_the_numbers(settings: dict[str, Any], message: str) -> None:
+    _, model, _ = opened(llama())
+
+    def asked() -> None:
+        for step in resolve(Recipe(steps=(Step(technique="prune", settings=settings),))):
+            step.resolve(model)
+
+    with pytest.raises(RecipeError, match=message):
+        asked()
+
+
+def test_a_model_without_such_units_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = map_model(network, {"x": torch.ones(1, 4)}, lambda module, inputs: module(inputs["x"]))
+    with pytest.raises(RecipeError, match="no heads of this model can be cut"):
+        Prune(what="heads", remove=1).resolve(model)
+
+
+def test_importance_that_is_not_finite_is_an_error() -> None:
+    network = llama()
+    candidate, model, context = opened(network)
+    candidate.module.get_parameter("model.layers.1.mlp.down_proj.weight").detach()[0, 0] = torch.nan
+    with pytest.raises(TechniqueError, match="NaN or infinite"):
+        Prune(what="ffn", to="50%", by="magnitude", refit=False).apply(candidate, model, context)
+
+
+def test_rounding_before_cutting_is_refused() -> None:
+    with pytest.raises(RecipeError, match="gptq stands before prune, but must come after it"):
+        resolve(
+            Recipe(
+                steps=(
+                    Step(technique="gptq", settings={}),
+                    Step(technique="prune", settings={"what": "ffn", "to": "50%"}),
+                )
+            )
+        )
+    candidate, model, context = opened(llama())
+    rounded = Gptq(bits=8, group_size=16).apply(candidate, model, context)
+    with pytest.raises(TechniqueError, match="rounded before this step"):
+        Prune(what="ffn", to="50%").apply(rounded, model, context)
+
+
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Prune(what="ffn", to="50%")
+    candidate, model, context = opened(llama())
+    wanted = step.apply(candidate, model, context).module.state_dict()
+    solve = masking._Masking.solve
+    solved: list[str] = []
+
+    def dies(self: Any, block: Any) -> None:
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        solved.append(block.name)
+        solve(self, block)
+
+    def run() -> Iterator[Run]:
+        with Run(tmp_path / "run", {"model": "x"}) as run:
+            yield run
+
+    monkeypatch.setattr(masking._Masking, "solve", dies)
+    for each in run():
+        candidate, model, context = opened(llama(), run=each, identity={"model": "x"})
+        with pytest.raises(KeyboardInterrupt):
+            step.apply(candidate, model, context)
+    monkeypatch.setattr(masking._Masking, "solve", lambda self, block: solved.append(block.name) or solve(self, block))
+    for each in run():
+        candidate, model, context = opened(llama(), run=each, identity={"model": "x"})
+        found = step.apply(candidate, model, context).module.state_dict()
+    assert len(solved) == len(set(solved)) == 4  # no block twice
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+
+
+def test_units_in_another_order_than_was_thought_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate, model, context = opened(llama())
+    reduced = Prune.apply.__globals__["reduced"]
+
+    def shuffled(candidate: Candidate, kept: Any) -> Candidate:
+        smaller: Candidate = reduced(candidate, kept)
+        weight = smaller.module.get_parameter("model.layers.0.mlp.up_proj.weight").detach()
+        weight.copy_(weight.flip(0))
+        return smaller
+
+    monkeypatch.setitem(Prune.apply.__globals__, "reduced", shuffled)
+    with pytest.raises(TechniqueError, match="in another order than was thought"):
+        Prune(what="ffn", to="50%").apply(candidate, model, context)
