@@ -66,7 +66,9 @@ def test_a_missing_tensor_and_one_rounded_unasked_are_named(job: Job) -> None:
     built, stored = built_and_stored(job)
 
     def wrong(tensors: list[StoredTensor]) -> list[str]:
-        return [row.parameter for row in compare_tensors(job.model, built.value["decisions"], tensors) if not row.agrees]
+        return [
+            row.parameter for row in compare_tensors(job.model, built.value["decisions"], tensors) if not row.agrees
+        ]
 
     assert wrong([tensor for tensor in stored if tensor.name != DOCTORED]) == [DOCTORED]
     unasked = [replace(t, bits=8) if t.name == "bert.embeddings.position_embeddings.weight" else t for t in stored]

@@ -18,7 +18,7 @@ from gossamer.plan.ranking import judge_measured, judge_prediction, promise, ran
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
 from gossamer.plan.search import Search, short_in_quality_alone
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import SearchSpace, Technique
+from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.tune_scales import TuneScales

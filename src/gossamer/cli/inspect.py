@@ -52,6 +52,13 @@ def inspect(
         for option in card.options
     ]
     screen.table(options_columns, rows_of_options, right=options_columns[1:])
+    if card.cuts:
+        cut_columns = ("cut (prune)", "places", "units each", "said by config.json", "for example")
+        rows_of_cuts = [
+            (row.what, str(row.places), str(row.units), ", ".join(row.said_by) or "no: graph only", row.example)
+            for row in card.cuts
+        ]
+        screen.table(cut_columns, rows_of_cuts, right=cut_columns[1:3], fold=cut_columns[3:])
     for names, why in card.left_out.items():
         screen.line(f"left as it is: {names} - {why}")
     for note in card.notes:

@@ -42,6 +42,9 @@ def find_dimensions(
     inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, notes)]
     stock = Stock(module) if isinstance(module, PreTrainedModel) else None
     found = [*_said_by_config(stock, shapes, inside), *_depths(module, stock, shapes, stacks)]
+    deep = {one.stack for one in found if one.kind == "layers"}
+    if whole := [stack.name or "the model itself" for stack in stacks if stack.name not in deep]:
+        notes.append(f"stacks whose blocks cannot be fewer (shared, or the config does not count them): {named(whole)}")
     return tuple(found), notes
 
 

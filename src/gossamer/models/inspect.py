@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.models import checkpoint
 from gossamer.models.purpose import named
-from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.models.roles import Dimension, LayerInfo, ModelMap
 from gossamer.models.source import Purpose, Source
 from gossamer.models.structure import map_model
 
@@ -69,6 +69,20 @@ class Option(_Frozen):
     share: float
 
 
+class CutRow(_Frozen):
+    """Say what can be cut out: `places` that have `units` each, and the numbers of config.json that say how many.
+
+    `said_by` is empty where no config says it: then only a runtime that holds a graph can hold the smaller model.
+    """
+
+    what: str
+    where: str
+    places: int
+    units: int
+    said_by: tuple[str, ...]
+    example: str
+
+
 class ModelCard(_Frozen):
     """Describe a model: all fields are JSON-able.
 
@@ -93,6 +107,7 @@ class ModelCard(_Frozen):
     stacks: tuple[StackRow, ...]
     tied: dict[str, str]
     options: tuple[Option, ...]
+    cuts: tuple[CutRow, ...]
     left_out: dict[str, str]  # names -> why quantization leaves them as they are
     notes: tuple[str, ...]
 
@@ -128,6 +143,7 @@ def describe(source: Source, task: Purpose | None = None, example: Mapping[str, 
         stacks=tuple(_stack_rows(model)),
         tied={layer.name: layer.tied_to for layer in model.layers if layer.tied_to is not None},
         options=tuple(_options(model)),
+        cuts=tuple(_cuts(model)),
         left_out=_left_out(model),
         notes=model.notes,
     )
@@ -212,6 +228,24 @@ def _options(model: ModelMap) -> list[Option]:
             options.append(_option(f"quantize {kind}", len(layers), sum(math.prod(x.shape) for x in layers), model))
     options.append(_option("cast to bf16 or fp16", len(model.layers), model.num_parameters, model))
     return options
+
+
+def _cuts(model: ModelMap) -> list[CutRow]:
+    """Return what can be cut out, alike places together."""
+    alike: dict[tuple[object, ...], list[Dimension]] = {}
+    for one in model.dimensions:
+        alike.setdefault((one.kind, one.stack, one.size, one.attributes), []).append(one)
+    return [
+        CutRow(
+            what=ones[0].kind,
+            where=ones[0].stack,
+            places=len(ones),
+            units=ones[0].size,
+            said_by=ones[0].attributes or (),
+            example=ones[0].name,
+        )
+        for ones in alike.values()
+    ]
 
 
 def _option(family: str, num_layers: int, num_parameters: int, model: ModelMap) -> Option:

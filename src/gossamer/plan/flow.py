@@ -225,7 +225,10 @@ def _float_bytes(job: Job) -> dict[str, int]:
 
 def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
     """Return every technique's own proposals, and those whose widths are chosen for this goal."""
-    space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=calibration_rows)
+    wanted: set[str] = {part.quantity for part in goal.constraints}
+    if goal.objective is not None:
+        wanted.add(goal.objective.quantity)
+    space = SearchSpace(job.model, job.runtime, job.task, calibration_rows, frozenset(wanted))
     found = [*recipes(space), *mixed_recipes(job, goal, tables, space)]
     if not job.model.experts:
         return found

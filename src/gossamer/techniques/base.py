@@ -88,12 +88,16 @@ class Context:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task."""
+    """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task.
+
+    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`).
+    """
 
     model: ModelMap
     runtime: Runtime
     task: Task
     calibration_rows: int
+    wanted: frozenset[str] = frozenset()
 
 
 def searched(default: Any, domain: Iterable[Any], description: str) -> Any:

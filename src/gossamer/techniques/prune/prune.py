@@ -35,6 +35,12 @@ from gossamer.techniques.quantize.sensitivity import sensitivities
 ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
 OF_UNITS = ("obs", "fisher", "activation", "magnitude")
 OF_BLOCKS = ("influence", "divergence")
+LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
+PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
+    "ffn": ("75%", "50%", "25%"),
+    "heads": ("75%", "50%"),
+    "layers": ("83%", "67%", "50%"),
+}
 By = Literal["obs", "fisher", "activation", "magnitude", "influence", "divergence"]
 
 
@@ -282,8 +288,29 @@ class Prune(BlockTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing yet: it is carried out where a recipe asks for it."""
-        yield from ()
+        """Yield cuts of each kind that the runtime can hold, and of blocks with channels, where less work is asked for.
+
+        A goal on size alone is met by rounding, which loses less for the same bytes.
+        """
+        if space.calibration_rows < 4 * MIN_SAMPLES or not space.wanted & LESS_WORK:
+            return
+        found: dict[str, list[Prune]] = {}
+        for kind, shares in PROPOSED.items():
+            steps = [cls.model_validate({"what": kind, "to": share}) for share in shares]
+            # by the sizes that they lead to: of few blocks several shares are one number
+            distinct = {tuple(step.sizes(space.model).values()): step for step in steps if step._fits(space)}
+            found[kind] = list(distinct.values())
+            yield from ((step,) for step in found[kind])
+        for depth in found["layers"]:
+            yield from ((depth, channels) for channels in found["ffn"])
+
+    def _fits(self, space: SearchSpace) -> bool:
+        """Say whether the model has such units, so many of them, and the runtime a place for what is left."""
+        try:
+            sizes = self.sizes(space.model)
+        except RecipeError:
+            return False
+        return all(space.runtime.cut_refusal(Cut(one, size)) is None for one, size in sizes.items())
 
 
 def _itself(values: Tensor) -> Tensor:
