@@ -8,7 +8,8 @@ the same code (peers/scoring.py), after what they saved was opened again in a fr
 KL(original || quantized) in nats a token over the whole vocabulary, and how often the most likely token is the same.
 MB are all files that hold weights, with whatever a tool leaves unrounded. Seconds are of quantizing, without loading
 (gossamer's: of making the artifact, loading included). A result is kept and reused. A tool that could not be installed
-or failed has a row that says so. The weight compression of ONNX Runtime and NNCF on one exported graph: llm_graphs.py.
+or failed has a row that says so. `--part` gives some rows a section of their own, where all do not fit one sitting: KLs
+compare across sections that were scored on the same windows. The weight compression of ONNX Runtime and NNCF on one exported graph: llm_graphs.py.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=FILE, help="the file whose section is replaced")
+    parser.add_argument("--part", default="", help="what these rows are: a section of its own beside the others'")
     parser.add_argument("--no-results", action="store_true", help="print the table, leave --out as it is")
     parser.add_argument("--quick", action="store_true", help="one iteration each, results not written")
     arguments = parser.parse_args()
@@ -273,8 +275,9 @@ def main() -> int:
     text = text_of(outcomes, arguments.model, shapes)
     print(text)
     if not arguments.no_results and not arguments.quick:
-        key = f"llm {arguments.model.name} {arguments.context}"
-        title = f"Language model {arguments.model.name}, weights only, beside tools in their own environments"
+        part = f": {arguments.part}" if arguments.part else ""
+        key = f"llm {arguments.model.name} {arguments.context}{part}"
+        title = f"Language model {arguments.model.name}, weights only, beside tools in their own environments{part}"
         seconds = time.monotonic() - began
         write_section(key, title, text, threads=arguments.threads, seconds=seconds, file=arguments.out)
     return 0

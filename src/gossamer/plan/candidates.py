@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
-from gossamer.errors import RecipeError
+from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.registry import recipe_of, resolve, techniques
@@ -35,9 +35,19 @@ def recipes(space: SearchSpace) -> list[Steps]:
                 if not all(one.isdisjoint(other) for (_, one), (_, other) in combinations(runs, 2)):
                     continue
                 steps = _ordered([run for run, _ in runs])
-                if steps is not None:
+                if steps is not None and (len(runs) == 1 or _fit(steps, space)):
                     found[steps] = None
     return list(found)
+
+
+def _fit(steps: Steps, space: SearchSpace) -> bool:
+    """Say whether each step fits what those before it leave (groups of what is left of a row, say)."""
+    try:
+        decisions, _ = resolved(space.model, steps)
+    except (RecipeError, TechniqueError):
+        return False
+    found = [one for one in decisions if one.weight is not None]
+    return not any(space.runtime.refusal(one.layer.role, one.layer.shape, one.weight, one.activation) for one in found)
 
 
 def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:

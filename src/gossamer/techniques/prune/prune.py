@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -37,8 +38,8 @@ OF_UNITS = ("obs", "fisher", "activation", "magnitude")
 OF_BLOCKS = ("influence", "divergence")
 LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
 PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
-    "ffn": ("75%", "50%", "25%"),
-    "heads": ("75%", "50%"),
+    "ffn": ("75%", "62%", "50%", "25%"),
+    "heads": ("75%", "67%", "50%"),
     "layers": ("83%", "67%", "50%"),
 }
 By = Literal["obs", "fisher", "activation", "magnitude", "influence", "divergence"]
@@ -301,8 +302,8 @@ class Prune(BlockTechnique):
             distinct = {tuple(step.sizes(space.model).values()): step for step in steps if step._fits(space)}
             found[kind] = list(distinct.values())
             yield from ((step,) for step in found[kind])
-        for depth in found["layers"]:
-            yield from ((depth, channels) for channels in found["ffn"])
+        for kinds in (("heads", "ffn"), ("layers", "ffn"), ("layers", "heads", "ffn")):
+            yield from product(*(found[kind] for kind in kinds))
 
     def _fits(self, space: SearchSpace) -> bool:
         """Say whether the model has such units, so many of them, and the runtime a place for what is left."""
