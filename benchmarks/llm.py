@@ -9,7 +9,8 @@ KL(original || quantized) in nats a token over the whole vocabulary, and how oft
 MB are all files that hold weights, with whatever a tool leaves unrounded. Seconds are of quantizing, without loading
 (gossamer's: of making the artifact, loading included). A result is kept and reused. A tool that could not be installed
 or failed has a row that says so. `--part` gives some rows a section of their own, where all do not fit one sitting: KLs
-compare across sections that were scored on the same windows. The weight compression of ONNX Runtime and NNCF on one exported graph: llm_graphs.py.
+compare across sections that were scored on the same windows. The weight compression of ONNX Runtime and NNCF on one
+exported graph: llm_graphs.py.
 """
 
 from __future__ import annotations
