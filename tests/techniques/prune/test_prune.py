@@ -17,12 +17,14 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model
+from gossamer.plan.candidates import recipes
 from gossamer.recipe import Recipe, Step
 from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
+from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context, resolved
+from gossamer.techniques.base import Context, SearchSpace, resolved
 from gossamer.techniques.prune import masking
 from gossamer.techniques.prune.blocks import skipped
 from gossamer.techniques.prune.prune import Prune
@@ -245,3 +247,38 @@ def test_units_in_another_order_than_was_thought_are_noticed(monkeypatch: pytest
     monkeypatch.setitem(Prune.apply.__globals__, "reduced", shuffled)
     with pytest.raises(TechniqueError, match="in another order than was thought"):
         Prune(what="ffn", to="50%").apply(candidate, model, context)
+
+
+def proposed(network: nn.Module, runtime: str, *wanted: str, rows: int = 64) -> list[list[tuple[str, Any]]]:
+    _, model, _ = opened(network)
+    space = SearchSpace(model, get_runtime(runtime), TASK, rows, frozenset(wanted))
+    return [[(step.what, step.to) for step in steps if isinstance(step, Prune)] for steps in Prune.candidates(space)]
+
+
+def test_the_planner_is_offered_cuts_where_less_work_is_asked_for() -> None:
+    assert not proposed(llama(), "torch", "size", "quality")
+    assert not proposed(llama(), "torch", "latency", rows=16)  # too few to choose by
+    found = proposed(llama(), "torch", "latency", "size")
+    assert [("heads", "50%")] in found
+    assert [("heads", "50%"), ("ffn", "75%")] in found
+    assert [("layers", "50%"), ("ffn", "25%")] in found
+    assert [("heads", "67%")] not in found  # of two groups of heads that is one, as 50% is
+
+
+def test_cuts_that_no_config_says_are_offered_to_runtimes_that_hold_a_graph() -> None:
+    assert not any(kind == "heads" for steps in proposed(bert(), "torch", "latency") for kind, _ in steps)
+    assert any(kind == "heads" for steps in proposed(bert(), "onnxruntime", "latency") for kind, _ in steps)
+
+
+def test_cuts_go_before_rounding_and_only_where_groups_still_divide_rows() -> None:
+    _, model, _ = opened(bert())
+    space = SearchSpace(model, get_runtime("onnxruntime"), get_task("text-classification"), 64, frozenset(("latency",)))
+    found = recipes(space)
+    mixed = [steps for steps in found if {"prune", "gptq"} <= {step.name for step in steps}]
+    assert mixed
+    for steps in mixed:
+        names = [step.name for step in steps]
+        assert names.index("gptq") > max(index for index, name in enumerate(names) if name == "prune")
+        for decision in resolved(model, steps)[0]:
+            if decision.weight is not None and decision.weight.group_size:
+                assert decision.layer.shape[1] % decision.weight.group_size == 0

@@ -289,7 +289,7 @@ class Prune(BlockTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield cuts of each kind that the runtime can hold, and of blocks with channels, where less work is asked for.
+        """Yield cuts of each kind that the runtime can hold, and of channels with another, where less work is asked for.
 
         A goal on size alone is met by rounding, which loses less for the same bytes.
         """
@@ -302,7 +302,7 @@ class Prune(BlockTechnique):
             distinct = {tuple(step.sizes(space.model).values()): step for step in steps if step._fits(space)}
             found[kind] = list(distinct.values())
             yield from ((step,) for step in found[kind])
-        for kinds in (("heads", "ffn"), ("layers", "ffn"), ("layers", "heads", "ffn")):
+        for kinds in (("heads", "ffn"), ("layers", "ffn")):
             yield from product(*(found[kind] for kind in kinds))
 
     def _fits(self, space: SearchSpace) -> bool:
