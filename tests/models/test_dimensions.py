@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.example import made_up_example
+from gossamer.models.experts import take_apart
 from gossamer.models.quantized import QuantSpec
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Dimension, ModelMap
@@ -25,6 +26,7 @@ from gossamer.runtimes import get_runtime
 from gossamer.techniques.quantize.grid import quantize_weight
 
 STRUCTURE = runpy.run_path(str(Path(__file__).parent / "test_structure.py"))
+EXPERTS = runpy.run_path(str(Path(__file__).parent / "tiny_experts.py"))
 NAMED = {build.__name__: build for build in STRUCTURE["FAMILIES"]}
 IMPOSSIBLE: tuple[str, ...] = ()  # no number of the config
 # kind -> (number of dimensions, units of each, what config.json calls them)
@@ -236,3 +238,26 @@ def test_the_change_of_a_config_is_the_least_that_gives_the_shapes() -> None:
     uneven = {**shapes, "model.layers.0.mlp.up_proj.weight": (40, 32)}
     near = stock.fit(uneven, {64: 40})
     assert near is None or near.differs
+
+
+@pytest.mark.parametrize("family", EXPERTS["FAMILIES"], ids=lambda family: family.__name__)
+def test_channels_of_experts_are_cut_in_each_and_said_by_the_config(family: Callable[[], nn.Module]) -> None:
+    module, inputs = family(), {"input_ids": EXPERTS["ids"]()}
+    take_apart(module)
+    model = map_model(module, inputs)
+    ones = [one for one in model.dimensions if one.kind == "ffn"]
+    if family.__name__ == "gpt_oss":  # its stacked biases have gates and ups in turns
+        assert not ones
+        assert any("gate_up_proj_bias" in note and "no ffn are cut" in note for note in model.notes)
+        return
+    assert len({reader for one in ones for reader in one.readers}) == sum(
+        layer.role in ("down", "expert_down") for layer in model.layers
+    )
+    assert all(one.attributes for one in ones)
+    kept = {one: list(range(1, one.size, 2)) for one in ones}
+    for one, units in kept.items():
+        mask(module, one, units)
+    expected = logits(module, inputs)
+    smaller = reduced(candidate_of(module), kept)
+    assert smaller.stock
+    torch.testing.assert_close(logits(smaller.module, inputs), expected, rtol=1e-4, atol=1e-4)

@@ -41,7 +41,7 @@ def find_dimensions(
     shapes = shapes_of(module)
     inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, notes)]
     stock = Stock(module) if isinstance(module, PreTrainedModel) else None
-    found = [*_said_by_config(stock, shapes, inside), *_depths(module, stock, shapes, stacks)]
+    found = [*_said_by_config(stock, shapes, inside, notes), *_depths(module, stock, shapes, stacks)]
     deep = {one.stack for one in found if one.kind == "layers"}
     if whole := [stack.name or "the model itself" for stack in stacks if stack.name not in deep]:
         notes.append(f"stacks whose blocks cannot be fewer (shared, or the config does not count them): {named(whole)}")
@@ -66,7 +66,7 @@ def cut_shapes(shapes: Shapes, sizes: Mapping[Dimension, int], *, missing: bool 
 def _networks(layers: Sequence[LayerInfo], shapes: Shapes, notes: list[str]) -> Iterator[Dimension]:
     """Yield the feed-forward networks of blocks: the n-th up and gate of a parent belong to its n-th down."""
     unknown: list[str] = []
-    for (stack, block, _), inside in _by_place(layers, ("up", "gate", "down")).items():
+    for (stack, block, _), inside in _by_place(layers).items():
         downs = inside["down"]
         for number, down in enumerate(downs):
             written = [inside[role][number] for role in ("gate", "up") if len(inside[role]) == len(downs)]
@@ -132,15 +132,13 @@ def _attention(layers: Sequence[LayerInfo], parts: tuple[Any, ...], shapes: Shap
     return _dimension("heads", q.stack, q.block, groups, members, [o], [q, k, v, o])
 
 
-def _by_place(
-    layers: Sequence[LayerInfo], roles: Sequence[str]
-) -> dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]]:
-    """Return the layers of these roles by block (and by what holds experts), in order."""
+def _by_place(layers: Sequence[LayerInfo]) -> dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]]:
+    """Return up, gate and down layers, those of experts too, by block and by what holds experts, in order."""
     found: dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]] = {}
     for layer in layers:
-        if layer.role in roles and layer.stack is not None and layer.tied_to is None:
-            place = found.setdefault((layer.stack, layer.block, layer.experts), defaultdict(list))
-            place[layer.role].append(layer)
+        role = layer.role.removeprefix("expert_")
+        if role in ("up", "gate", "down") and layer.stack is not None and layer.tied_to is None:
+            found.setdefault((layer.stack, layer.block, layer.experts), defaultdict(list))[role].append(layer)
     return found
 
 
@@ -171,7 +169,9 @@ def _dimension(
     return Dimension(kind, name, stack, block, size, tuple(members), tuple(f"{one.name}.weight" for one in readers))
 
 
-def _said_by_config(stock: Stock | None, shapes: Shapes, inside: Sequence[Dimension]) -> Iterator[Dimension]:
+def _said_by_config(
+    stock: Stock | None, shapes: Shapes, inside: Sequence[Dimension], notes: list[str]
+) -> Iterator[Dimension]:
     """Yield the dimensions with the numbers of the config that hold their sizes: by stack, or one for all stacks."""
     by_stack: dict[tuple[Cuttable, str, int], list[Dimension]] = defaultdict(list)
     for dimension in inside:
@@ -192,7 +192,14 @@ def _said_by_config(stock: Stock | None, shapes: Shapes, inside: Sequence[Dimens
             yield from _told(alike, stock, fit)
         else:
             together = _joined(alike, fit, shapes)
-            yield from [replace(one, attributes=()) for one in alike] if together is None else [together]
+            known = {member.parameter for one in alike for member in one.members}
+            if together is not None:
+                yield together
+            elif others := [name for name in fit.differs if name not in known]:
+                kind = alike[0].kind
+                notes.append(f"{named(others)} follow the number of {kind} in another way, so that no {kind} are cut")
+            else:
+                yield from (replace(one, attributes=()) for one in alike)
 
 
 def _told(alike: Sequence[Dimension], stock: Stock | None, fit: Fit) -> list[Dimension]:

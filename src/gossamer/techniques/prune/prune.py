@@ -289,7 +289,7 @@ class Prune(BlockTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield cuts of each kind that the runtime can hold, and of channels with another, where less work is asked for.
+        """Yield cuts of each kind that the runtime can hold, alone and with channels, where less work is asked for.
 
         A goal on size alone is met by rounding, which loses less for the same bytes.
         """
