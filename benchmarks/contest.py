@@ -147,7 +147,13 @@ def build_all(
 
 def wanted(peer: Peer, only: Sequence[str] | None) -> bool:
     """Say whether a peer was asked for."""
-    return only is None or any(name.lower() in peer.label.lower() for name in only)
+    return only is None or any(named(peer.label, part) for part in only)
+
+
+def named(label: str, part: str) -> bool:
+    """Say whether a label contains what was asked for; with a `$` behind it, whether it ends so."""
+    label, part = label.lower(), part.lower()
+    return label.endswith(part[:-1]) if part.endswith("$") else part in label
 
 
 def say(message: str) -> None:

@@ -207,7 +207,9 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(TITLES), help="comma-separated; '' for gossamer alone")
     parser.add_argument("--envs", type=Path, default=Path(".demo/peers"), help="where their environments are, or go")
     parser.add_argument("--work", type=Path, default=Path(".demo/bench-llm"), help="where what was made is kept")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these ($: ends)"
+    )
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=FILE, help="the file whose section is replaced")
     parser.add_argument("--part", default="", help="what these rows are: a section of its own beside the others'")

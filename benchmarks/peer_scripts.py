@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contest import say
+from contest import named, say
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
 sys.path.append(str(SCRIPTS))  # its modules stand alone, to be imported by any interpreter
@@ -82,9 +82,7 @@ def recipes_of(tool: str) -> Mapping[str, Mapping[str, Any]]:
 def run_tool(tool: str, inputs: Inputs, only: list[str] | None) -> list[Outcome]:
     """Return one outcome for each of a tool's recipes whose label contains one of `only` (None: all)."""
     labels = {name: f"{TITLES[tool]} {name}" for name in recipes_of(tool)}
-    chosen = [
-        name for name, label in labels.items() if only is None or any(part.lower() in label.lower() for part in only)
-    ]
+    chosen = [name for name, label in labels.items() if only is None or any(named(label, part) for part in only)]
     if not chosen:
         return []
     try:
