@@ -13,10 +13,9 @@ follow from a singular value decomposition in the space where all directions of 
 which is optimal (Eckart and Young), and leaves the sum of s_j^2 over j > R. EoRA takes S^1/2 from an eigenvalue
 decomposition; any square root gives the same U D, and the Cholesky factor costs least.
 
-What it is for: the start of an adapter that is trained afterwards. As a way to spend bytes it does not pay: what
-rounding leaves is nearly white noise, of which a thin matrix catches little. On SmolLM2-135M, 4 bits in groups of 64,
-rank 16 costs 0.75 bits a weight more and leaves {LEFT} of the output error, where 5 bits leave {FIVE} (`benchmarks/
-grids.py --gptq`). So no recipe has it as a step of its own.
+What it is for: the start of an adapter that is trained afterwards. Beside a rounded weight it costs 16 R (O + I) bits in
+bfloat16, and what rounding leaves is nearly white noise, of which a thin matrix catches little: `benchmarks/grids.py
+--gptq` sets it beside one bit more. No recipe has it as a step of its own.
 
 Shape suffixes: O outputs, I inputs, R rank.
 """
