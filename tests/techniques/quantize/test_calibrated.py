@@ -122,7 +122,8 @@ def test_layers_with_one_input_have_the_same_codes_alone_and_together(
 
 
 def test_learning_from_gptq_is_nearer_still() -> None:
-    start = {**GRID, "passes": 0}  # what descent gains by itself leaves little to learn from 512 tokens
+    # what descent and refitting gain by themselves leaves little to learn from 512 tokens
+    start = {**GRID, "passes": 0, "refit": False}
     assert distance(LearnedRounding(**start, steps=100, batch_size=4), llama()) < distance(Gptq(**start), llama())
 
 
