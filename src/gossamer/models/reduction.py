@@ -1,8 +1,8 @@
 """Cut dimensions out of a candidate: a smaller module of the same class, its config rewritten, parameters sliced.
 
 Where the model's class can be built from a config with the smaller numbers, it is: the module is the stock one, and so
-is what opens its files. Where no config says it, the module at hand is made smaller in place, and `unsaid` tells that
-only a runtime that holds a graph can hold it.
+is what opens its files. Where no config says it, the module at hand is made smaller in place, and the candidate is no
+longer `stock`: only a runtime that holds a graph can hold it.
 """
 
 from __future__ import annotations

@@ -122,10 +122,14 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Cut:
-    """Say what a dimension is cut to: `size` of its units stay."""
+    """Say what a dimension is cut to: `size` of its units stay.
+
+    `alike` says that all dimensions whose size the same numbers of config.json hold are cut to the same size.
+    """
 
     dimension: Dimension
     size: int
+    alike: bool = True
 
     def __str__(self) -> str:
         return f"{self.dimension.size} to {self.size} {self.dimension.kind}"

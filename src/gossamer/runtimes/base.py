@@ -79,6 +79,9 @@ class Runtime(ABC):
     streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
     holds_caches: ClassVar[bool] = False  # True: its files say how a server keeps keys and values
+    needs_config: ClassVar[bool] = (
+        False  # what opens the files builds the model from config.json, which must say its shapes
+    )
     rounds_inputs: ClassVar[bool] = False  # True: its kernels round layer inputs to 8 bits, whatever the recipe says
 
     def missing(self) -> str | None:
@@ -92,10 +95,13 @@ class Runtime(ABC):
             return None
         return f"files for {self.name} have no place for scales of keys and values; use --runtime torch"
 
-    @property
-    def needs_config(self) -> bool:
-        """Say whether what opens the files builds the model from its config, so that the config must say its shapes."""
-        return False
+    def check_stock(self, candidate: Candidate) -> None:
+        """Raise RuntimeUnavailable where a model was cut to shapes that its config does not say."""
+        if self.needs_config and not candidate.stock:
+            raise RuntimeUnavailable(
+                f"config.json does not say the shapes that {candidate.source.name} was cut to",
+                "use a runtime that holds a graph, or cut all blocks alike",
+            )
 
     def cut_refusal(self, cut: Cut) -> str | None:
         """Return why files cannot hold a model that is smaller in this way, or None when they can."""
@@ -104,6 +110,9 @@ class Runtime(ABC):
             return None
         if not one.attributes:
             return f"no number of config.json says how many {one.kind} {one.name} has; use a runtime that holds a graph"
+        if not cut.alike:
+            said = ", ".join(one.attributes)
+            return f"config.json has one number ({said}) for {one.name} and others: cut all of them, or use a graph"
         if one.sizes is not None and cut.size not in one.sizes:
             near = sorted(sorted(one.sizes, key=lambda size: abs(size - cut.size))[:3])
             return (

@@ -85,11 +85,7 @@ class TorchFolder(Runtime):
     streams: ClassVar[bool] = True
     holds_caches: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
-
-    @property
-    def needs_config(self) -> bool:
-        """Say that transformers builds the model from config.json."""
-        return True
+    needs_config: ClassVar[bool] = True
 
     def refusal(
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
@@ -184,6 +180,7 @@ class TorchFolder(Runtime):
                 )
             TorchExport().write(candidate, folder, request)
             return
+        self.check_stock(candidate)
         layers = quantized_layers(candidate)
         config = _config(candidate.module, candidate.dtype)
         if layers or candidate.caches:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from gossamer.errors import RecipeError, TechniqueError
+from gossamer.errors import RecipeError, RuntimeUnavailable, TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
@@ -154,6 +154,9 @@ def test_a_recipe_goes_on_with_the_smaller_model() -> None:
         ({"what": "ffn", "to": "50%", "by": "influence"}, "chosen by obs, fisher, .*, not by influence"),
         ({"what": "layers", "remove": 1, "by": "obs"}, "chosen by influence, divergence, not by obs"),
         ({"what": "heads", "remove": [0]}, "only blocks can be named"),
+        ({"what": "ffn", "to": "nan%"}, "'nan%' is neither a share"),
+        ({"what": "ffn", "to": float("nan")}, "nan is neither a share below 1 nor a whole number"),
+        ({"what": "ffn", "to": 10.5}, "10.5 is neither a share below 1 nor a whole number"),
         ({"what": "ffn", "to": "0%"}, "0 of 64 would stay"),
         ({"what": "ffn", "to": "100%"}, "64 of 64 would stay"),
         ({"what": "heads", "remove": 2}, "0 of 2 would stay"),
@@ -282,3 +285,19 @@ def test_cuts_go_before_rounding_and_only_where_groups_still_divide_rows() -> No
         for decision in resolved(model, steps)[0]:
             if decision.weight is not None and decision.weight.group_size:
                 assert decision.layer.shape[1] % decision.weight.group_size == 0
+
+
+def test_where_the_config_has_one_number_all_blocks_are_cut_or_none(tmp_path: Path) -> None:
+    candidate, model, context = opened(llama())
+    step = Prune(what="ffn", to="50%", targets=("model.layers.0",), by="magnitude", refit=False)
+    (decision,) = step.resolve(model)
+    assert decision.cut is not None
+    refusal = get_runtime("torch").cut_refusal(decision.cut)
+    assert refusal is not None
+    assert "one number (intermediate_size)" in refusal
+    assert get_runtime("gguf").cut_refusal(decision.cut) == refusal
+    assert get_runtime("onnxruntime").cut_refusal(decision.cut) is None
+    smaller = step.apply(candidate, model, context)  # in memory it is possible
+    assert not smaller.stock
+    with pytest.raises(RuntimeUnavailable, match="does not say the shapes"):
+        get_runtime("torch").check_stock(smaller)

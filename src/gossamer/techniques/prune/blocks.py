@@ -90,8 +90,8 @@ def skipped(block: nn.Module) -> Iterator[None]:
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states that a block is called with: its first argument."""
-    values = args[0] if args else next(iter(kwargs.values()))
+    """Return the hidden states that a block is called with: its first argument, unless one is named so."""
+    values = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
     assert isinstance(values, Tensor)
     return values
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
+from math import isfinite
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -83,6 +84,8 @@ class Prune(BlockTechnique):
     def _read_share(cls, value: Any) -> Any:
         if isinstance(value, str) and _share(value) is None:
             raise ValueError(f"{value!r} is neither a share like 50% nor a number")
+        if isinstance(value, float) and not (isfinite(value) and (value < 1 or value == int(value))):
+            raise ValueError(f"{value!r} is neither a share below 1 nor a whole number of units")
         return value
 
     @model_validator(mode="after")
@@ -116,9 +119,19 @@ class Prune(BlockTechnique):
         """
         layers = {f"{layer.name}.weight": layer for layer in model.layers}
         return [
-            Decision(parameter=f"{one.name}: {one.kind}", layer=_shown(one, layers), cut=Cut(one, size))
-            for one, size in self.sizes(model).items()
+            Decision(parameter=f"{cut.dimension.name}: {self.what}", layer=_shown(cut.dimension, layers), cut=cut)
+            for cut in self.cuts(model)
         ]
+
+    def cuts(self, model: ModelMap) -> list[Cut]:
+        """Return what each dimension is cut to, and whether all that the config has one number for are cut alike."""
+        sizes = self.sizes(model)
+
+        def alike(one: Dimension) -> bool:
+            shared = [each for each in model.dimensions if each.attributes == one.attributes and each.kind == one.kind]
+            return all(sizes.get(each) == sizes[one] for each in shared)
+
+        return [Cut(one, size, alike(one)) for one, size in sizes.items()]
 
     def after(self, model: ModelMap) -> ModelMap:
         """Return the map of the model once it is cut."""
@@ -291,7 +304,7 @@ class Prune(BlockTechnique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield cuts of each kind that the runtime can hold, alone and with channels, where less work is asked for.
 
-        A goal on size alone is met by rounding, which loses less for the same bytes.
+        A goal on size alone is left to rounding: docs/concepts/pruning.md has what each lost on one encoder.
         """
         if space.calibration_rows < 4 * MIN_SAMPLES or not space.wanted & LESS_WORK:
             return
@@ -308,10 +321,10 @@ class Prune(BlockTechnique):
     def _fits(self, space: SearchSpace) -> bool:
         """Say whether the model has such units, so many of them, and the runtime a place for what is left."""
         try:
-            sizes = self.sizes(space.model)
+            cuts = self.cuts(space.model)
         except RecipeError:
             return False
-        return all(space.runtime.cut_refusal(Cut(one, size)) is None for one, size in sizes.items())
+        return all(space.runtime.cut_refusal(cut) is None for cut in cuts)
 
 
 def _itself(values: Tensor) -> Tensor:
@@ -376,9 +389,10 @@ def _share(text: str) -> float | None:
     """Return 0.5 for `50%`, None for what is no share."""
     number = text.strip().removesuffix("%").strip()
     try:
-        return float(number) / 100 if text.strip().endswith("%") else None
+        share = float(number) / 100 if text.strip().endswith("%") else None
     except ValueError:
         return None
+    return share if share is not None and isfinite(share) else None
 
 
 def _meant(one: Dimension, target: str) -> bool:

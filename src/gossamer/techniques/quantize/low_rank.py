@@ -13,9 +13,8 @@ follow from a singular value decomposition in the space where all directions of 
 which is optimal (Eckart and Young), and leaves the sum of s_j^2 over j > R. EoRA takes S^1/2 from an eigenvalue
 decomposition; any square root gives the same U D, and the Cholesky factor costs least.
 
-What it is for: the start of an adapter that is trained afterwards. Beside a rounded weight it costs 16 R (O + I) bits
-in bfloat16, and what rounding leaves is nearly white noise, of which a thin matrix catches little: `benchmarks/grids.py
---gptq` sets it beside one bit more. No recipe has it as a step of its own.
+What it is for: the start of an adapter that is trained afterwards. No recipe has it as a step of its own; beside a
+rounded weight it costs 16 R (O + I) bits in bfloat16, and `benchmarks/grids.py --gptq` sets it beside one bit more.
 
 Shape suffixes: O outputs, I inputs, R rank.
 """
