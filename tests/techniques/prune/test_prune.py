@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import RecipeError, RuntimeUnavailable, TechniqueError
 from gossamer.models.candidate import Candidate
-from gossamer.models.roles import ModelMap
-from gossamer.models.source import Source
 from gossamer.models.structure import map_model
 from gossamer.plan.candidates import recipes
 from gossamer.recipe import Recipe, Step
-from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
-from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context, SearchSpace, resolved
+from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.prune import masking
 from gossamer.techniques.prune.blocks import skipped
 from gossamer.techniques.prune.prune import Prune
@@ -35,7 +31,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 32, "initializer_range": 0.2, "attn_implementation": "eager",
 }  # fmt: skip
-TASK = get_task("causal-lm")
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
+TASK, logits, opened = TINY["TASK"], TINY["logits"], TINY["opened"]
 
 
 def llama() -> nn.Module:
@@ -51,22 +48,6 @@ def llama() -> nn.Module:
 def bert() -> nn.Module:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(**SIZES)).eval()
-
-
-def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = module(**inputs).logits
-    assert isinstance(found, Tensor)
-    return found
-
-
-def opened(network: nn.Module, rows: int = 32, **more: Any) -> tuple[Candidate, ModelMap, Context]:
-    draw = np.random.default_rng(0)
-    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(rows)]
-    source = Source.open(network, forward=logits)
-    candidate = Candidate(source=source, module=source.module(TASK))
-    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
-    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), **more)
-    return candidate, map_model(candidate.module, example, source.forward), context
 
 
 def distance(step: Prune, network: nn.Module) -> float:
@@ -155,7 +136,7 @@ def test_a_recipe_goes_on_with_the_smaller_model() -> None:
         ({"what": "layers", "remove": 1, "by": "obs"}, "chosen by influence, divergence, not by obs"),
         ({"what": "heads", "remove": [0]}, "only blocks can be named"),
         ({"what": "ffn", "to": "nan%"}, "'nan%' is neither a share"),
-        ({"what": "ffn", "to": float("nan")}, "nan is neither a share below 1 nor a whole number"),
+        ({"what": "ffn", "to": float("nan")}, "nan is not a finite number"),
         ({"what": "ffn", "to": 10.5}, "10.5 is neither a share below 1 nor a whole number"),
         ({"what": "ffn", "to": "0%"}, "0 of 64 would stay"),
         ({"what": "ffn", "to": "100%"}, "64 of 64 would stay"),

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
-from gossamer.models.roles import ModelMap
-from gossamer.models.source import Source
-from gossamer.models.structure import map_model
 from gossamer.plan.candidates import recipes, rounds_twice
 from gossamer.recipe import Recipe, Step
 from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
-from gossamer.tasks import get_task
-from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context, SearchSpace, Technique
+from gossamer.techniques.base import SearchSpace, Technique
 from gossamer.techniques.quantize import calibrated
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
 from gossamer.techniques.quantize.gptq import gptq
@@ -39,7 +34,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32, "initializer_range": 0.2, "attn_implementation": "eager",
 }  # fmt: skip
 GRID: dict[str, Any] = {"bits": 3, "group_size": 16, "symmetric": False}
-TASK = get_task("causal-lm")
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
+TASK, logits, opened = TINY["TASK"], TINY["logits"], TINY["opened"]
 
 
 def llama() -> nn.Module:
@@ -50,22 +46,6 @@ def llama() -> nn.Module:
 def bert() -> nn.Module:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(**SIZES)).eval()
-
-
-def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = module(**inputs).logits
-    assert isinstance(found, Tensor)
-    return found
-
-
-def opened(network: nn.Module, rows: int = 32) -> tuple[Candidate, ModelMap, Context]:
-    draw = np.random.default_rng(0)
-    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(rows)]
-    source = Source.open(network, forward=logits)
-    candidate = Candidate(source=source, module=source.module(TASK))
-    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
-    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent())
-    return candidate, map_model(candidate.module, example, source.forward), context
 
 
 def distance(step: Technique, network: nn.Module, *then: Technique, rows: int = 32) -> float:

@@ -1,0 +1,38 @@
+"""A network with random token ids as a candidate with its map and calibration batches: what a technique is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.run.progress import Silent
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context
+
+TASK = get_task("causal-lm")
+
+
+def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return what a model predicts."""
+    found = module(**inputs).logits
+    assert isinstance(found, Tensor)
+    return found
+
+
+def opened(network: nn.Module, rows: int = 32, **more: Any) -> tuple[Candidate, ModelMap, Context]:
+    """Return a copy of the network as a candidate; `more` is for its context."""
+    draw = np.random.default_rng(0)
+    batches = [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(rows)]
+    source = Source.open(network, forward=logits)
+    candidate = Candidate(source=source, module=source.module(TASK))
+    example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
+    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), **more)
+    return candidate, map_model(candidate.module, example, source.forward), context
