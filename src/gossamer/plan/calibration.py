@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gossamer.data.checks import Finding, Text, check_texts, finding
@@ -28,14 +28,13 @@ def kept_apart(
     A row is dropped when it is one of them but for case and white space, or shares a passage of SHINGLE words with one;
     the next of the others takes its place. What was dropped is added to `findings`. Raises DataError when none is left.
     """
-    keys = {loose_key(row) for row in evaluation}
-    passages = Passages([said(row) for row in evaluation])
+    same = _says_the_same(evaluation)
     kept: list[Row] = []
     dropped: list[str] = []
     for number, row in enumerate((*chosen, *others)):
         if len(kept) == len(chosen):
             break
-        if loose_key(row) in keys or passages.stand_in(said(row)):
+        if same(row):
             dropped.append(place_of(row, number))
         else:
             kept.append(row)
@@ -48,6 +47,18 @@ def kept_apart(
             "give other rows with --data",
         )
     return kept
+
+
+def apart(rows: Sequence[Row], evaluation: Sequence[Row]) -> list[Row]:
+    """Return the rows that do not say what evaluation rows say."""
+    same = _says_the_same(evaluation)
+    return [row for row in rows if not same(row)]
+
+
+def _says_the_same(evaluation: Sequence[Row]) -> Callable[[Row], bool]:
+    keys = {loose_key(row) for row in evaluation}
+    passages = Passages([said(row) for row in evaluation])
+    return lambda row: loose_key(row) in keys or passages.stand_in(said(row))
 
 
 def check_calibration(prepared: Prepared, calibration: Sequence[Batch], progress: Progress) -> tuple[Finding, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,18 @@ class Job:
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
     team: Team = ALONE  # the processes that carry out this job together
     findings: tuple[Finding, ...] = ()  # about the calibration rows
+    num_training_rows: int = 0  # of those that neither calibrate nor prove
+    read_training: Callable[[], Sequence[Batch]] = tuple
 
     @property
     def profiled(self) -> tuple[Batch, ...]:
         """Return the calibration batches on which the effects of steps are measured."""
         return tuple(spread(self.calibration, self.task.profile_samples))
+
+    @cached_property
+    def training(self) -> tuple[Batch, ...]:
+        """Return the rows to learn from as batches of one row, made when they are first asked for."""
+        return tuple(self.read_training())
 
     def request(self, runtime: Runtime | None = None) -> ExportRequest:
         """Return what a runtime needs to write an artifact of this job's model."""

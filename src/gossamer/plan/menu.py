@@ -109,7 +109,13 @@ class Menu:
             return []  # repairs need the model whole
         if steps not in self.repaired:
             rows = len(self.job.calibration)
-            space = SearchSpace(self.job.model, self.job.runtime, self.job.task, calibration_rows=rows)
+            space = SearchSpace(
+                self.job.model,
+                self.job.runtime,
+                self.job.task,
+                calibration_rows=rows,
+                training_rows=self.job.num_training_rows,
+            )
             self.repaired[steps] = repaired(steps, space)
         return self.repaired[steps]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
 from gossamer.plan.budget import streamed_budget, weights_budget
-from gossamer.plan.calibration import check_calibration, kept_apart
+from gossamer.plan.calibration import apart, check_calibration, kept_apart
 from gossamer.plan.job import Job
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
@@ -69,6 +70,7 @@ class Prepared:
     task: Task
     calibration: list[Row]
     evaluation: list[Row]
+    training: list[Row]
     prints: dict[str, str]
     names: dict[str, str]
     findings: tuple[Finding, ...] = ()
@@ -107,20 +109,24 @@ def prepare(inputs: Inputs) -> Prepared:
             "give more rows with --eval",
         )
     calibration = kept_apart(parts.calibration, parts.train, evaluation, findings)
+    used = {id(row) for row in calibration}
+    training = [row for row in parts.train if id(row) not in used]
     prints = {
         "model": source.fingerprint,
         "data": data_print,
         "calibration": hash_json([row_key(row) for row in calibration]),
         "evaluation": hash_json([row_key(row) for row in evaluation]),
         "evaluation-file": eval_print,
+        "training": hash_json([row_key(row) for row in training]),
     }
     names = {"data": data_name, "evaluation": eval_name}
-    return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings))
+    return Prepared(source, task, calibration, evaluation, training, prints, names, tuple(findings))
 
 
 def _without_rows(source: Source, task: Task) -> Prepared:
-    prints = {"model": source.fingerprint, "data": "", "calibration": "", "evaluation": "", "evaluation-file": ""}
-    return Prepared(source, task, [], [], prints, {"data": "none", "evaluation": "none"})
+    names = ("data", "calibration", "evaluation", "evaluation-file", "training")
+    prints = {"model": source.fingerprint, **dict.fromkeys(names, "")}
+    return Prepared(source, task, [], [], [], prints, {"data": "none", "evaluation": "none"})
 
 
 def made_up_row(words: int) -> Row:
@@ -180,6 +186,8 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             model=model,
             calibration=calibration,
             evaluation=evaluation,
+            num_training_rows=len(prepared.training),
+            read_training=partial(_training, prepared),
             latency_inputs=request,
             prints=prepared.prints,
             threads=threads,
@@ -193,6 +201,12 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
         )
     finally:
         torch.set_num_threads(before)
+
+
+def _training(prepared: Prepared) -> list[Batch]:
+    """Return the rows to learn from as batches of one row, without those that say what evaluation rows say."""
+    rows = apart(prepared.training, prepared.evaluation)
+    return prepared.task.batches(rows, prepared.source) if rows else []
 
 
 def piece_by_piece(job: Job) -> Job | None:

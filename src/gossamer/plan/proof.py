@@ -74,7 +74,8 @@ def artifact_inputs(job: Job, steps: Sequence[Technique]) -> dict[str, Any]:
     """Return what the step that writes a recipe's artifact depends on."""
     rows_used = job.prints["calibration"] if any(step.rows_needed() for step in steps) else None
     entries = [step.entry() for step in steps]
-    return job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed)
+    learned = {"training": job.prints["training"]} if any(step.needs.training for step in steps) else {}
+    return job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed, **learned)
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
@@ -89,6 +90,8 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         run=job.run,
         identity=job.step_inputs(calibration=job.prints["calibration"], seed=job.seed),
         team=job.team,
+        training=lambda: job.training,
+        training_print=job.prints["training"],
     )
     decisions: list[Decision] = []
     model = job.model

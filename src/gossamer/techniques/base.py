@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -72,7 +72,8 @@ class Context:
 
     `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
     `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
-    processes that carry out this step together, each with the same candidate.
+    processes that carry out this step together, each with the same candidate. `training` gives the batches, of one row
+    each, that neither calibrate nor prove, and `training_print` is the hash of their rows.
     """
 
     task: Task
@@ -84,13 +85,16 @@ class Context:
     identity: Mapping[str, Any] = field(default_factory=dict)
     samples_memory: int | None = None
     team: Team = ALONE
+    training: Callable[[], Sequence[Batch]] = tuple
+    training_print: str = ""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task.
 
-    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`).
+    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`), `training_rows`
+    how many rows there are to learn from.
     """
 
     model: ModelMap
@@ -98,6 +102,7 @@ class SearchSpace:
     task: Task
     calibration_rows: int
     wanted: frozenset[str] = frozenset()
+    training_rows: int = 0
 
 
 def searched(default: Any, domain: Iterable[Any], description: str) -> Any:

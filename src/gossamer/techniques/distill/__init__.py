@@ -1,0 +1,1 @@
+"""Distillation: what cutting lost comes back by learning from the original."""

@@ -1,0 +1,1 @@
+"""Training, once: a thin layer over `transformers.Trainer` with a list of weighted objectives."""

@@ -1,0 +1,347 @@
+"""The one training loop: `transformers.Trainer`; its loss is a weighted sum of objectives, its model a candidate's.
+
+Precision, accumulation, checkpoints, resuming, early stopping, several processes come from transformers and Accelerate;
+here are the loss, the teacher that runs beside, and what keeps a run from ending worse than it began:
+
+- what was not better on rows held back is not kept (the start counts as a checkpoint too);
+- weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
+- a loss that is no number, or ten times what it was at first, ends the training, and the best checkpoint is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from gossamer.errors import TechniqueError
+from gossamer.models.source import quiet_transformers
+from gossamer.run.progress import Progress
+from gossamer.tasks.base import Batch
+from gossamer.train.objectives import Objective, Seen
+from gossamer.train.rows import Rows, collate, parts_of
+
+Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+Precision = Literal["fp32", "bf16", "fp16"]
+DIVERGED = 10.0  # times the first loss: what a training that went wrong reaches
+FIRST_LOSSES = 5
+EVALUATIONS = 4  # an epoch at least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say how long and how fast: epochs over the rows, rows of a step, the highest rate, precision, the seed."""
+
+    epochs: float
+    batch_size: int
+    rate: float
+    precision: Precision = "fp32"
+    micro_batch: int | None = None  # rows of one pass; the steps see as many rows whatever this is
+    warmup: float = 0.06  # share of the steps
+    weight_decay: float = 0.0
+    patience: int = 4  # evaluations without a gain after which it ends
+    frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
+    seed: int = 0
+
+
+@dataclass
+class Lesson:
+    """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows."""
+
+    student: nn.Module
+    forward: Forward
+    objectives: Sequence[tuple[float, Objective]]
+    teacher: nn.Module | None = None
+    student_blocks: Sequence[nn.Module] = ()
+    teacher_blocks: Sequence[nn.Module] = ()
+    learned: Sequence[Batch] = ()
+    judged: Sequence[Batch] = ()
+    _hidden: dict[str, list[Tensor]] = field(default_factory=lambda: {"student": [], "teacher": []})
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the weighted sum of the objectives on a mini-batch, the mean over its rows."""
+        parts = parts_of(batch)
+        rows = sum(len(part[1]) for part in parts)
+        losses = []
+        for inputs, some in parts:
+            seen = self._seen(inputs, some)
+            total = torch.stack([weight * objective(seen) for weight, objective in self.objectives]).sum()
+            losses.append(total * (len(some) / rows))
+        return torch.stack(losses).sum()
+
+    def _seen(self, inputs: dict[str, Tensor], rows: Sequence[Batch]) -> Seen:
+        teacher = None
+        for kept in self._hidden.values():
+            kept.clear()
+        if self.teacher is not None and any(objective.needs_teacher for _, objective in self.objectives):
+            with torch.no_grad():
+                teacher = self.forward(self.teacher, inputs)
+        student = self.forward(self.student, inputs)
+        return Seen(student, teacher, list(self._hidden["student"]), list(self._hidden["teacher"]), rows)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Keep what the blocks give out, where an objective looks at it, while the `with` lasts."""
+        handles = []
+        if any(objective.needs_hidden for _, objective in self.objectives):
+            for side, blocks in (("student", self.student_blocks), ("teacher", self.teacher_blocks)):
+                kept = self._hidden[side]
+                for block in blocks:
+                    handles.append(block.register_forward_hook(lambda _m, _a, found, kept=kept: _keep(kept, found)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _keep(kept: list[Tensor], found: Any) -> None:
+    kept.append(found if isinstance(found, Tensor) else found[0])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped."""
+
+    before: float
+    after: float
+    steps: int
+    diverged: bool
+
+    @property
+    def better(self) -> bool:
+        """Say whether the student is better than it was."""
+        return self.after < self.before
+
+
+def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label: str) -> Outcome:
+    """Train the student in place; where it did not become better on the rows held back, it is as it was.
+
+    Checkpoints lie in `folder` while it runs: the same call goes on from the last one. Raises TechniqueError when there
+    are no rows to learn from.
+    """
+    if not lesson.learned or not lesson.judged:
+        raise TechniqueError(
+            f"{label} has {len(lesson.learned)} rows to learn from and {len(lesson.judged)} to judge on",
+            "give more rows with --data",
+        )
+    student = _Weights(lesson.student)
+    start = {name: values.detach().clone() for name, values in lesson.student.named_parameters()}
+    watch = _Watch(progress, label)
+    with lesson.watched(), _trainable(lesson.student, plan.frozen), quiet_transformers(), _quiet_trainer():
+        trainer = _Trainer(lesson, student, _arguments(plan, len(lesson.learned), folder), watch, plan.patience)
+        before = float(trainer.evaluate()["eval_loss"])  # of the student as it came, whatever a checkpoint brings
+        last = get_last_checkpoint(str(folder)) if folder.exists() else None  # type: ignore[no-untyped-call]
+        trainer.train(resume_from_checkpoint=last)
+        after = float(trainer.evaluate()["eval_loss"])
+    outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
+    if not outcome.better:
+        with torch.no_grad():
+            for name, values in lesson.student.named_parameters():
+                values.copy_(start[name])
+    shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
+    micro = min(plan.micro_batch or plan.batch_size, plan.batch_size)
+    accumulated = max(1, plan.batch_size // micro)
+    steps = math.ceil(num_rows / plan.batch_size)
+    every = max(1, math.ceil(steps / EVALUATIONS))
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=plan.epochs,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=plan.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(plan.warmup * steps * plan.epochs),
+        weight_decay=plan.weight_decay,
+        bf16=plan.precision == "bf16",
+        fp16=plan.precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=plan.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=False,
+    )
+
+
+class _Weights(nn.Module):
+    """Hold a network so that its checkpoints have each tensor once, tied ones too, whatever class it is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return parameters and buffers by name."""
+        return {name: values.detach() for name, values in self.network.named_parameters()} | {
+            name: values for name, values in self.network.named_buffers() if values.numel()
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+        """Put values back."""
+        held = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        with torch.no_grad():
+            for name, values in state_dict.items():
+                held[name].copy_(values)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def forward(self, batch: dict[str, Any], loss: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        """Return the loss: what wraps this module (one process of many) sees each pass so."""
+        self.network.eval()  # no dropout: what is to be followed has none
+        return loss(batch)
+
+
+class _Trainer(Trainer):
+    """Train on a lesson's loss."""
+
+    def __init__(
+        self, lesson: Lesson, student: nn.Module, arguments: TrainingArguments, watch: TrainerCallback, patience: int
+    ) -> None:
+        super().__init__(
+            model=student,
+            args=arguments,
+            train_dataset=Rows(lesson.learned),
+            eval_dataset=Rows(lesson.judged),
+            data_collator=collate,
+            callbacks=[EarlyStoppingCallback(patience), watch],
+        )
+        self.remove_callback(PrinterCallback)
+        self.lesson = lesson
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the lesson's loss."""
+        del num_items_in_batch
+        loss = model(inputs, self.lesson.loss)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of rows held back."""
+        del prediction_loss_only, ignore_keys
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach().mean(), None, None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return nothing: our own tables say what a pass takes."""
+        del inputs
+        return 0
+
+
+class _Watch(TrainerCallback):
+    """Report steps, and end a training whose loss is no number or far above what it was."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self.progress, self.label = progress, label
+        self.first: list[float] = []
+        self.diverged = False
+        self._stage: Any = None
+        self._advance: Callable[[float], None] = lambda units: None
+        self._done = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar."""
+        self._stage = self.progress.stage(f"{self.label}: steps", state.max_steps)
+        self._advance = self._stage.__enter__()
+        self._done = 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar on."""
+        self._advance(state.global_step - self._done)
+        self._done = state.global_step
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        """Look at the loss."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if len(self.first) < FIRST_LOSSES and math.isfinite(loss):
+            self.first.append(loss)
+        usual = sum(self.first) / max(1, len(self.first))
+        if not math.isfinite(loss) or (len(self.first) == FIRST_LOSSES and loss > DIVERGED * usual):
+            self.diverged = True
+            control.should_training_stop = True
+            self.progress.say(
+                f"{self.label}: the loss is {loss:.3g} at step {state.global_step} where it was {usual:.3g}: stopped, "
+                "the best weights so far are kept; a lower rate may do"
+            )
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        if self._stage is not None:
+            self._stage.__exit__(None, None, None)
+
+
+@contextmanager
+def _trainable(network: nn.Module, frozen: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    """Let parameters be trained while the `with` lasts, but those of frozen layers; weights that are zero stay so."""
+    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    still = {id(part) for module in network.modules() if isinstance(module, frozen) for part in module.parameters()}
+    handles = []
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in still)
+        zeros = parameter.detach() == 0
+        if parameter.requires_grad and parameter.ndim > 1 and bool(zeros.any()):
+            stays = ~zeros
+            keep = partial(torch.mul, stays)
+            handles.append(parameter.register_hook(keep))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = None
+
+
+@contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """Keep the Trainer's own lines off the terminal: progress is ours to say."""
+    logger = logging.getLogger("transformers.trainer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

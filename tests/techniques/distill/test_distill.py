@@ -1,0 +1,184 @@
+"""`distill` on tiny language models: it comes nearer to the original, keeps what it must, and goes on when killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gossamer.errors import TechniqueError
+from gossamer.models.candidate import Candidate
+from gossamer.run.workspace import Run
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context
+from gossamer.techniques.distill.distill import Distill, paired
+from gossamer.techniques.prune.prune import Prune
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
+logits, opened = TINY["logits"], TINY["opened"]
+SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "rate": 2e-3, "precision": "fp32"}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim > 1 else None
+    return model
+
+
+def rows(count: int = 160) -> list[Batch]:
+    draw = np.random.default_rng(1)
+    return [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(count)]
+
+
+def pruned(**more: Any) -> tuple[Candidate, Any, Context]:
+    """Return a tiny model with half of its channels, and 160 rows to learn from."""
+    candidate, model, context = opened(llama(), **more)
+    context = dataclasses.replace(context, training=rows, training_print="rows")
+    step = Prune.model_validate({"what": "ffn", "to": "50%"})
+    return step.apply(candidate, model, context), step.after(model), context
+
+
+def distance(candidate: Candidate) -> float:
+    """Return the mean divergence from the original on rows that nothing learned from."""
+    original, total = llama(), 0.0
+    for row in rows(200)[160:]:
+        inputs = {"input_ids": torch.from_numpy(row.inputs["input_ids"])}
+        with torch.no_grad():
+            p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total / 40
+
+
+def test_what_pruning_lost_comes_back() -> None:
+    candidate, model, context = pruned()
+    before = distance(candidate)
+    found = Distill.model_validate(SHORT).apply(candidate, model, context)
+    assert distance(found) < 0.8 * before
+    assert found.applied[-1] == {"distill": Distill.model_validate(SHORT).entry()["distill"]}
+    assert not any(parameter.requires_grad for parameter in found.module.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("settings", [{"hidden": 0}, {"logits": 0}, {"labels": 0.5}, {"divergence": "js"}], ids=str)
+def test_every_objective_alone_learns(settings: dict[str, Any]) -> None:
+    candidate, model, context = pruned()
+    before = distance(candidate)
+    assert distance(Distill.model_validate({**SHORT, **settings}).apply(candidate, model, context)) < before
+
+
+def test_embeddings_and_the_head_tied_to_them_stay() -> None:
+    candidate, model, context = pruned()
+    before = candidate.module.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
+    Distill.model_validate(SHORT).apply(candidate, model, context)
+    assert torch.equal(candidate.module.get_input_embeddings().weight, before)  # type: ignore[operator]
+
+
+def test_weights_that_are_zero_stay_zero() -> None:
+    candidate, model, context = pruned()
+    weight = candidate.module.get_parameter("model.layers.1.self_attn.q_proj.weight")
+    zeros = torch.rand(weight.shape) < 0.5
+    with torch.no_grad():
+        weight[zeros] = 0
+    Distill.model_validate(SHORT).apply(candidate, model, context)
+    assert torch.equal(weight == 0, zeros)
+
+
+def test_a_rate_that_diverges_leaves_the_candidate_as_it_was() -> None:
+    candidate, model, context = pruned()
+    before = {name: value.clone() for name, value in candidate.module.state_dict().items()}
+    said: list[str] = []
+    context = dataclasses.replace(context, progress=_Said(said))
+    Distill.model_validate({**SHORT, "rate": 0.09, "epochs": 3}).apply(candidate, model, context)
+    after = candidate.module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert "stay as they were" in said[-1]
+
+
+class _Said:
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def stage(self, label: str, total: float | None = None) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext(lambda units: None)
+
+
+def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _distilled(tmp_path / "whole")
+    stopped = _stop_at_step(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        _distilled(tmp_path / "cut")
+    monkeypatch.undo()
+    assert stopped
+    assert any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
+    again = _distilled(tmp_path / "cut")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert not any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
+
+
+def _distilled(folder: Path) -> dict[str, Tensor]:
+    with Run(folder, {}) as run:
+        candidate, model, context = pruned(run=run)
+        return Distill.model_validate(SHORT).apply(candidate, model, context).module.state_dict()
+
+
+def _stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    from gossamer.train import loop
+
+    reached: list[int] = []
+    before: Callable[..., None] = loop._Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        before(self, args, state, control, **more)
+        if state.global_step == step:
+            reached.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
+    return reached
+
+
+def test_blocks_of_a_shorter_student_follow_evenly_spread_ones() -> None:
+    ours, theirs = ([nn.Identity() for _ in range(count)] for count in (4, 6))
+    pairs = paired({"layers": ours}, {"layers": theirs})
+    assert [theirs.index(block) for _, block in pairs] == [0, 2, 3, 5]
+
+
+def test_few_rows_are_refused_with_both_numbers() -> None:
+    candidate, model, context = pruned()
+    context = dataclasses.replace(context, training=lambda: rows(20))
+    with pytest.raises(TechniqueError, match="64 rows to learn from, 20 are left"):
+        Distill.model_validate(SHORT).apply(candidate, model, context)
+
+
+def test_a_rounded_candidate_is_refused() -> None:
+    from gossamer.techniques.quantize.quantize import Quantize
+
+    candidate, model, context = pruned()
+    candidate = Quantize.model_validate({"bits": 8}).apply(candidate, model, context)
+    with pytest.raises(TechniqueError, match="were rounded before"):
+        Distill.model_validate(SHORT).apply(candidate, model, context)
+
+
+def test_without_any_weight_nothing_is_learned() -> None:
+    candidate, model, context = pruned()
+    with pytest.raises(TechniqueError, match="nothing is learned"):
+        Distill.model_validate({"logits": 0, "hidden": 0}).apply(candidate, model, context)
