@@ -134,7 +134,8 @@ class Forecaster:
             if isinstance(step, BlockTechnique):
                 self._add_sweep(step, applied, costs, own + codes)
             else:
-                passes = step.model_passes(len(job.calibration))
+                learns = step.needs.training
+                passes = step.model_passes(job.num_training_rows if learns else len(job.calibration))
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
                 seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * rates.pass_seconds

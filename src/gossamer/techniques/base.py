@@ -174,7 +174,10 @@ class Technique(BaseModel, ABC):
         return VALUE_BYTES * max((layer.num_parameters for layer in model.layers), default=0)
 
     def model_passes(self, num_samples: int) -> float:
-        """Return how many passes of one sample through the whole model `apply` takes; forward and back counts 3."""
+        """Return how many passes of one sample through the whole model `apply` takes; forward and back counts 3.
+
+        The samples are those that calibrate, of a step that needs training those that there are to learn from.
+        """
         del num_samples
         return 0.0
 

@@ -78,8 +78,8 @@ class Distill(Technique):
         return 5 * 4 * model.num_parameters
 
     def model_passes(self, num_samples: int) -> float:
-        """Return the passes of all steps and of judging, for the rows of one calibration set."""
-        return PASSES * self.epochs * num_samples
+        """Return the passes of all steps, `num_samples` being the rows that there are to learn from."""
+        return PASSES * self.epochs * min(self.rows, num_samples)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
