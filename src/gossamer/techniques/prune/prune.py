@@ -27,23 +27,25 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
+from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import Block, BlockTechnique, observe
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
+from gossamer.techniques.prune.taylor import taylor_scores
 from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
-OF_UNITS = ("obs", "fisher", "activation", "magnitude")
-OF_BLOCKS = ("influence", "divergence")
+OF_UNITS = ("obs", "fisher", "taylor", "activation", "magnitude")
+OF_BLOCKS = ("influence", "divergence", "taylor")
 LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
 PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "ffn": ("75%", "62%", "50%", "25%"),
     "heads": ("75%", "67%", "50%"),
     "layers": ("83%", "67%", "50%"),
 }
-By = Literal["obs", "fisher", "activation", "magnitude", "influence", "divergence"]
+By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
 
 
 class Prune(BlockTechnique):
@@ -69,8 +71,8 @@ class Prune(BlockTechnique):
     )
     by: By | None = Field(
         None,
-        description="which units go: obs (the default), fisher, activation, magnitude; layers: influence (the "
-        "default), divergence",
+        description="which units go: obs (the default), fisher, taylor, activation, magnitude; layers: influence (the "
+        "default), divergence, taylor",
     )
     targets: tuple[str, ...] = Field(
         ("*",), description="names of stacks or blocks, patterns with *: where it is cut; a part of a name is enough"
@@ -203,11 +205,18 @@ class Prune(BlockTechnique):
     def _kept_blocks(
         self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
     ) -> dict[Dimension, list[int]]:
-        kept = {}
+        kept, scores = {}, {}
+        if self._by == "taylor" and not isinstance(self.remove, tuple):
+            scores = taylor_scores(candidate, sizes, self._batches(context), context)
         for one, size in sizes.items():
-            gone = set(self.remove) if isinstance(self.remove, tuple) else set(
-                blocks_to_go(candidate, one, one.size - size, self._by, self._samples(context), context)
-            )  # fmt: skip
+            if isinstance(self.remove, tuple):
+                gone = set(self.remove)
+            elif scores:
+                free = [number for number in scores[one].argsort(stable=True).tolist() if number not in one.held]
+                gone = set(free[: one.size - size])
+            else:
+                count, samples = one.size - size, self._samples(context)
+                gone = set(blocks_to_go(candidate, one, count, self._by, samples, context))
             kept[one] = [number for number in range(one.size) if number not in gone]
         return kept
 
@@ -249,10 +258,14 @@ class Prune(BlockTechnique):
         wanted = {one: size for one, size in sizes.items() if self._by != "obs" or len(one.readers) > 1}
         if not wanted:
             return {}
-        scores = self._scores(candidate, model, wanted, context)
+        if self._by == "taylor":
+            totals = taylor_scores(candidate, wanted, self._batches(context), context)
+        else:
+            scores = self._scores(candidate, model, wanted, context)
+            totals = {one: torch.stack([scores[reader] for reader in one.readers]).sum(0) for one in wanted}
         found: dict[str, tuple[int, ...]] = {}
         for one, size in wanted.items():
-            total_U = torch.stack([scores[reader] for reader in one.readers]).sum(0)
+            total_U = totals[one]
             if not bool(torch.isfinite(total_U).all()):
                 raise TechniqueError(
                     f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
@@ -290,14 +303,17 @@ class Prune(BlockTechnique):
             for name, unit in units.items()
         }
 
-    def _samples(self, context: Context) -> list[dict[str, Tensor]]:
+    def _batches(self, context: Context) -> list[Batch]:
         count = min(self.samples, len(context.calibration))
         if count < self.rows_needed():
             raise TechniqueError(
                 f"{self.label()} needs {self.rows_needed()} calibration samples, {count} were given",
                 "give more rows with --data",
             )
-        picked = [context.calibration[number * len(context.calibration) // count] for number in range(count)]
+        return [context.calibration[number * len(context.calibration) // count] for number in range(count)]
+
+    def _samples(self, context: Context) -> list[dict[str, Tensor]]:
+        picked = self._batches(context)
         return [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
 
     @classmethod
