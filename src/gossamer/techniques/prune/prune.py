@@ -34,6 +34,8 @@ from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
 from gossamer.techniques.prune.taylor import taylor_scores
 from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
+from gossamer.techniques.prune.width import narrowed, scale_last_norm
+from gossamer.techniques.prune.width_fit import fit_narrower
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
@@ -49,7 +51,7 @@ By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", 
 
 
 class Prune(BlockTechnique):
-    """Cut channels of feed-forward networks, heads of attentions, or whole blocks out of the model and its config.
+    """Cut channels of feed-forward networks, heads, whole blocks, or the stream's width out of model and config.
 
     In a recipe: `- prune: {what: ffn, to: 50%}` or `- prune: {what: layers, remove: 2}`, before steps that round.
     """
@@ -64,7 +66,10 @@ class Prune(BlockTechnique):
         ),
     )  # fmt: skip
 
-    what: Cuttable = Field(description="ffn (channels of feed-forward networks), heads (of attentions), or layers")
+    what: Cuttable = Field(
+        description="ffn (channels of feed-forward networks), heads (of attentions), layers, or width (of the residual "
+        "stream)"
+    )
     to: str | float | None = Field(None, description="what stays, of each: a share (50%) or a number of units")
     remove: int | tuple[int, ...] | None = Field(
         None, description="what goes, of each: a number of units, or (layers) which blocks, counted from 0"
@@ -72,7 +77,7 @@ class Prune(BlockTechnique):
     by: By | None = Field(
         None,
         description="which units go: obs (the default), fisher, taylor, activation, magnitude; layers: influence (the "
-        "default), divergence, taylor",
+        "default), divergence, taylor; width: as ffn, activation by default",
     )
     targets: tuple[str, ...] = Field(
         ("*",), description="names of stacks or blocks, patterns with *: where it is cut; a part of a name is enough"
@@ -176,7 +181,7 @@ class Prune(BlockTechnique):
 
     @property
     def _by(self) -> By:
-        return self.by or ("influence" if self.what == "layers" else "obs")
+        return self.by or {"layers": "influence", "width": "activation"}.get(self.what, "obs")  # type: ignore[return-value]
 
     def solve(self, block: Block) -> None:
         """Do nothing: the sweep is `_Masking`'s."""
@@ -190,6 +195,8 @@ class Prune(BlockTechnique):
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return a smaller candidate."""
         sizes = self.sizes(model)
+        if self.what == "width":
+            return self._narrowed(candidate, model, sizes, context)
         if self.what == "layers":
             kept = self._kept_blocks(candidate, sizes, context)
         else:
@@ -199,6 +206,29 @@ class Prune(BlockTechnique):
         smaller = reduced(candidate, kept)
         if expected is not None:
             _check_same(expected, _computed(smaller, context), self.label())
+        smaller.applied.append(self.entry())
+        return smaller
+
+    def _narrowed(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> Candidate:
+        """Return the candidate with fewer channels in its residual stream, its layers fitted to what they were."""
+        totals = self._totals(candidate, model, sizes, context)
+        kept = {
+            one: sorted(totals[one].argsort(stable=True)[one.size - size :].tolist()) for one, size in sizes.items()
+        }
+        example = {name: torch.from_numpy(values) for name, values in context.example.items()}
+        forward = _forward(candidate, context)
+        smaller, before, factor = narrowed(candidate, kept, forward, example)
+        if self.refit:
+            samples, damping = self._samples(context), self.damping
+            steps = 1 + sum(stack.num_blocks for stack in model.stacks)
+            with context.progress.stage(f"{self.name}: blocks fitted", steps) as advance:
+                fit_narrower(
+                    before, smaller.module, kept, model.stacks, forward, samples, damping=damping, advance=advance
+                )
+            if factor != 1:  # the norm was fitted to what it wrote before
+                scale_last_norm(smaller.module, factor, kept, partial(forward, smaller.module, example))
         smaller.applied.append(self.entry())
         return smaller
 
@@ -258,20 +288,26 @@ class Prune(BlockTechnique):
         wanted = {one: size for one, size in sizes.items() if self._by != "obs" or len(one.readers) > 1}
         if not wanted:
             return {}
-        if self._by == "taylor":
-            totals = taylor_scores(candidate, wanted, self._batches(context), context)
-        else:
-            scores = self._scores(candidate, model, wanted, context)
-            totals = {one: torch.stack([scores[reader] for reader in one.readers]).sum(0) for one in wanted}
+        totals = self._totals(candidate, model, wanted, context)
         found: dict[str, tuple[int, ...]] = {}
         for one, size in wanted.items():
-            total_U = totals[one]
+            gone = torch.argsort(totals[one], stable=True)[: one.size - size].tolist()
+            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
+        return found
+
+    def _totals(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[Dimension, Tensor]:
+        """Return the score of every unit, [U], by dimension, over all that read it."""
+        if self._by == "taylor":
+            return taylor_scores(candidate, sizes, self._batches(context), context)
+        scores = self._scores(candidate, model, sizes, context)
+        found = {one: torch.stack([scores[reader] for reader in one.readers]).sum(0) for one in sizes}
+        for one, total_U in found.items():
             if not bool(torch.isfinite(total_U).all()):
                 raise TechniqueError(
                     f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
                 )
-            gone = torch.argsort(total_U, stable=True)[: one.size - size].tolist()
-            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
         return found
 
     def _scores(
