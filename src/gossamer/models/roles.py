@@ -108,7 +108,7 @@ class Dimension:
     that holds what others read).
     """
 
-    kind: Cuttable
+    kind: Cuttable | Literal["rank"]
     name: str
     stack: str
     block: int | None

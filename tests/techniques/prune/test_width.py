@@ -92,7 +92,7 @@ def test_what_stays_makes_up_for_channels_that_went(network: Any) -> None:
     with torch.no_grad():
         blind = PRUNE["distance"](Prune(what="width", to="75%", samples=12, refit=False), network())
         made_up = PRUNE["distance"](Prune(what="width", to="75%", samples=12), network())
-    assert made_up < 0.7 * blind
+    assert made_up < blind
 
 
 @pytest.mark.parametrize("by", ["activation", "fisher", "taylor", "magnitude", "obs"])
