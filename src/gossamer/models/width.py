@@ -48,7 +48,7 @@ def find_widths(
     768
     """
     if any(parameter.is_meta for parameter in module.parameters()):
-        return (), []  # one more pass would read the whole model once more
+        return (), ["widths are not looked for in a model that is read piece by piece: raise --memory to cut them"]
     known = {layer.name: layer for layer in layers if layer.kind != "other"}
     alone = {
         name: value

@@ -188,8 +188,11 @@ class Prune(BlockTechnique):
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand."""
-        if self.what == "layers":
-            return Technique.working_bytes(self, model, num_samples, sample_bytes) + self.samples * sample_bytes
+        if self.what in ("layers", "width"):
+            samples = self.samples * sample_bytes
+            if self.what == "width":  # the model as it was, and what passes both
+                samples = 4 * model.num_parameters + 4 * samples
+            return Technique.working_bytes(self, model, num_samples, sample_bytes) + samples
         return self._masking(self.sizes(model), {}).working_bytes(model, num_samples, sample_bytes)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
