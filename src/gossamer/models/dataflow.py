@@ -96,15 +96,17 @@ def follow(
     layers: Mapping[str, nn.Module],
     example: Mapping[str, Tensor],
     forward: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> Flow:
     """Run `module` once on `example` (inputs by name) without gradients and return what was seen.
 
-    `layers` are the linear, convolution and embedding modules to follow, by name. The module is left as it was.
+    `layers` are the linear, convolution and embedding modules to follow, by name; `parameters` such as stand outside of
+    them and count as layers that write what they hold. The module is left as it was.
 
     >>> follow(model, {"fc": model.fc}, {"x": torch.zeros(1, 8)}).macs  # doctest: +SKIP
     {'fc': 32}
     """
-    watcher = _Watcher()
+    watcher = _Watcher(parameters or {})
     with evaluating(module), ExitStack() as hooks:
         for name, layer in layers.items():
             enter, leave = watcher.hooks(name)
@@ -147,10 +149,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class _Watcher(TorchFunctionMode):
     """Give each tensor its Origin as the pass goes by."""
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.flow = Flow()
         self._origins = WeakTensorKeyDictionary()
+        for name, values in parameters.items():
+            self._origins[values] = Origin(layers=frozenset((name,)))
         self._inside = 0
 
     def origin(self, tensor: Tensor) -> Origin:

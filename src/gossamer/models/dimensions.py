@@ -173,10 +173,10 @@ def _said_by_config(
     stock: Stock | None, shapes: Shapes, inside: Sequence[Dimension], notes: list[str]
 ) -> Iterator[Dimension]:
     """Yield the dimensions with the numbers of the config that hold their sizes: by stack, or one for all stacks."""
-    by_stack: dict[tuple[Cuttable, str, int], list[Dimension]] = defaultdict(list)
+    by_stack: dict[tuple[str, str, int], list[Dimension]] = defaultdict(list)
     for dimension in inside:
         by_stack[dimension.kind, dimension.stack, dimension.size].append(dimension)
-    left: dict[Cuttable, list[Dimension]] = defaultdict(list)
+    left: dict[str, list[Dimension]] = defaultdict(list)
     for (kind, _, _), alike in by_stack.items():
         fit = _smaller(stock, shapes, alike)
         if fit is not None and not fit.differs:

@@ -20,6 +20,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.dimensions import cut_shapes
 from gossamer.models.roles import Dimension, LayerInfo, ModelMap
 from gossamer.models.stock import Change, Stock, build_empty, changed_config, shapes_of
+from gossamer.models.width import head_sizes
 
 Kept = Mapping[Dimension, Sequence[int]]  # units that stay, in order
 SIZES = (  # where layers hold the sizes of a matrix, and of a convolution
@@ -132,7 +133,9 @@ def said_by_config(module: nn.Module, kept: Kept) -> Change | None:
             numbers[dimension.size * unit // least] = len(units) * unit // least
             pinned = least
     blocks = {one.size: list(units) for one, units in kept.items() if one.kind == "layers"}
-    fit = Stock(module).fit(wanted, numbers, pinned=pinned, kept_blocks=blocks)
+    stock = Stock(module)
+    said = [size for one in kept if one.kind == "width" for size in head_sizes(stock, one.size)]
+    fit = stock.fit(wanted, numbers, pinned=pinned, said=said, kept_blocks=blocks)
     return fit.change if fit is not None and not fit.differs else None
 
 
@@ -199,8 +202,10 @@ def _tell_heads(module: nn.Module, dimension: Dimension, size: int) -> None:
 
 def _tell_sizes(part: nn.Module, before: Tensor, after: Tensor) -> None:
     """Write a layer's new sizes where it holds the old ones."""
+    if isinstance(part, nn.LayerNorm | nn.RMSNorm):
+        part.normalized_shape = tuple(after.shape)
     for axis, old in enumerate(before.shape):
-        for name in SIZES[before.dim() == 4]:
+        for name in SIZES[before.dim() > 2]:
             if getattr(part, name, None) == old and after.shape[axis] != old and _axis_of(part, name, before) == axis:
                 setattr(part, name, after.shape[axis])
 
@@ -225,7 +230,20 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
     stored = {f"{layer.name}.weight": layer.shape[::-1] if layer.transposed else layer.shape for layer in model.layers}
     after = cut_shapes(stored, {one: size for one, size in sizes.items() if one.kind != "layers"}, missing=True)
     biases = {name: removed for name, removed in _lost_biases(sizes).items() if name not in stored}
-    layers = tuple(_smaller_layer(layer, after, biases) for layer in model.layers if stays(layer))
+    narrower = {
+        member.parameter.rpartition(".")[0]: (one.size, size)
+        for one, size in sizes.items()
+        if one.kind == "width"
+        for member in one.members
+        if member.parameter not in stored and not member.parameter.endswith(".bias")
+    }
+    layers = tuple(
+        _narrower_tokens(layer, *narrower[layer.name])
+        if layer.name in narrower
+        else _smaller_layer(layer, after, biases)
+        for layer in model.layers
+        if stays(layer)
+    )
     inside = {stack.name: stack for stack in model.stacks}
     lost = sum(layer.num_parameters for layer in model.layers) - sum(layer.num_parameters for layer in layers)
     attended = model.macs - sum(layer.macs for layer in model.layers)
@@ -267,6 +285,12 @@ def _smaller_layer(layer: LayerInfo, after: Mapping[str, tuple[int, ...]], biase
     lost = before - left + biases.get(f"{layer.name}.bias", 0)
     count = layer.num_parameters - lost if layer.tied_to is None else layer.num_parameters
     return replace(layer, shape=shape, num_parameters=count, macs=round(layer.macs * left / max(1, before)))
+
+
+def _narrower_tokens(layer: LayerInfo, before: int, size: int) -> LayerInfo:
+    """Return a module that holds parameters of its own (a class token, positions), all as wide as the stream."""
+    shape = (*layer.shape[:-1], size) if layer.shape[-1] == before else layer.shape
+    return replace(layer, shape=shape, num_parameters=layer.num_parameters * size // before)
 
 
 def _attention_left(model: ModelMap, sizes: Mapping[Dimension, int], depth: Mapping[str, int]) -> float:

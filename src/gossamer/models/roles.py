@@ -83,8 +83,8 @@ class Experts:
     gated_by_silu: bool = False
 
 
-Cuttable = Literal["ffn", "heads", "layers"]
-CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers")
+Cuttable = Literal["ffn", "heads", "layers", "width"]
+CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Dimension:
     that holds what others read).
     """
 
-    kind: Cuttable
+    kind: Cuttable | Literal["rank"]
     name: str
     stack: str
     block: int | None

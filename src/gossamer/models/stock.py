@@ -106,6 +106,7 @@ class Stock:
         sizes: Mapping[int, int],
         *,
         pinned: int | None = None,
+        said: Sequence[int] = (),
         kept_blocks: Mapping[int, Sequence[int]] | None = None,
     ) -> Fit | None:
         """Return the change of the config after which the class has the wanted shapes, or comes nearest to it.
@@ -113,6 +114,7 @@ class Stock:
         `sizes` are numbers that become others (768 -> 512); a number of the config is changed when it is one of them.
         `pinned` is the size of a head, where heads are counted: a config may leave it open and derive it, so it is said
         where that brings shapes nearer; it is never changed (half as many heads and heads half as wide have one shape).
+        `said` are such sizes where the width is what changes, and may.
         None where no change brings shapes nearer.
 
         >>> Stock(model).fit(wanted, {1536: 768}).change.names()  # doctest: +SKIP
@@ -122,7 +124,7 @@ class Stock:
         best = start
         while best is None or best.differs:
             change = best.change if best is not None else Change({}, kept_blocks or {})
-            for options in self._options(sizes, pinned, change):
+            for options in self._options(sizes, pinned, change, said):
                 fits = [fit for option in options if (fit := self._fit(wanted, option)) is not None]
                 nearest = min(fits, key=lambda fit: len(fit.differs), default=None)
                 if nearest is not None and (best is None or len(nearest.differs) < len(best.differs)):
@@ -154,6 +156,10 @@ class Stock:
         """Return a number of the config as it is."""
         return self._numbers[path]
 
+    def numbers(self) -> list[tuple[Path, int | None]]:
+        """Return the numbers of the config by path; None for those that it leaves open."""
+        return list(self._numbers.items())
+
     def _fit(self, wanted: Shapes, change: Change) -> Fit | None:
         built = self.shapes(change)
         if built is None:
@@ -162,7 +168,9 @@ class Stock:
         pairs = {name: (wanted.get(name), built.get(name)) for name in names}
         return Fit(change, {name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs})
 
-    def _options(self, sizes: Mapping[int, int], pinned: int | None, start: Change) -> Iterator[list[Change]]:
+    def _options(
+        self, sizes: Mapping[int, int], pinned: int | None, start: Change, said: Sequence[int] = ()
+    ) -> Iterator[list[Change]]:
         """Yield the start with one more number changed, then with two more where one is refused or open by itself."""
         singles, hard = [], set()
         for path, number in self._numbers.items():
@@ -170,6 +178,7 @@ class Stock:
                 continue
             if path[-1] in UNSAID:
                 singles += [(path, pinned)] if number is None and pinned is not None else []
+                singles += [(path, size) for size in said] if number is None else []
             elif pinned is not None and any(word in path[-1] for word in ("dim", "size")):
                 continue
             elif number is None:

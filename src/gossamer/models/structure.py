@@ -22,6 +22,7 @@ from gossamer.models.dimensions import find_dimensions
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import find_experts, layouts
 from gossamer.models.roles import Experts, LayerInfo, ModelMap, Role
+from gossamer.models.width import find_widths
 
 Kind = Literal["linear", "conv", "embedding", "norm", "other"]
 
@@ -58,6 +59,11 @@ def map_model(
     notes.extend(purpose.remarks(layers, flow))
     dimensions, unknown = find_dimensions(module, layers, stacks, flow)
     notes.extend(unknown)
+    request = example if example is not None else made_up_example(module)
+    if flow is not None and request is not None:
+        widths, unclear = find_widths(module, layers, request, forward)
+        dimensions += widths
+        notes.extend(unclear)
     tensors = _distinct([*module.parameters()])
     return ModelMap(
         layers=tuple(layers),

@@ -109,7 +109,7 @@ class Runtime(ABC):
         if not self.needs_config or one.attributes is None:
             return None
         if not one.attributes:
-            return f"no number of config.json says how many {one.kind} {one.name} has; use a runtime that holds a graph"
+            return f"no number of config.json says {one.name} cut from {cut}; use a runtime that holds a graph"
         if not cut.alike:
             said = ", ".join(one.attributes)
             return f"config.json has one number ({said}) for {one.name} and others: cut all of them, or use a graph"

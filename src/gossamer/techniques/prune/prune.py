@@ -27,27 +27,31 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
+from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import Block, BlockTechnique, observe
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
+from gossamer.techniques.prune.taylor import taylor_scores
 from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
+from gossamer.techniques.prune.width import narrowed, scale_last_norm
+from gossamer.techniques.prune.width_fit import fit_narrower
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
-OF_UNITS = ("obs", "fisher", "activation", "magnitude")
-OF_BLOCKS = ("influence", "divergence")
+OF_UNITS = ("obs", "fisher", "taylor", "activation", "magnitude")
+OF_BLOCKS = ("influence", "divergence", "taylor")
 LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
 PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "ffn": ("75%", "62%", "50%", "25%"),
     "heads": ("75%", "67%", "50%"),
     "layers": ("83%", "67%", "50%"),
 }
-By = Literal["obs", "fisher", "activation", "magnitude", "influence", "divergence"]
+By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
 
 
 class Prune(BlockTechnique):
-    """Cut channels of feed-forward networks, heads of attentions, or whole blocks out of the model and its config.
+    """Cut channels of feed-forward networks, heads, whole blocks, or the stream's width out of model and config.
 
     In a recipe: `- prune: {what: ffn, to: 50%}` or `- prune: {what: layers, remove: 2}`, before steps that round.
     """
@@ -62,15 +66,18 @@ class Prune(BlockTechnique):
         ),
     )  # fmt: skip
 
-    what: Cuttable = Field(description="ffn (channels of feed-forward networks), heads (of attentions), or layers")
+    what: Cuttable = Field(
+        description="ffn (channels of feed-forward networks), heads (of attentions), layers, or width (of the residual "
+        "stream)"
+    )
     to: str | float | None = Field(None, description="what stays, of each: a share (50%) or a number of units")
     remove: int | tuple[int, ...] | None = Field(
         None, description="what goes, of each: a number of units, or (layers) which blocks, counted from 0"
     )
     by: By | None = Field(
         None,
-        description="which units go: obs (the default), fisher, activation, magnitude; layers: influence (the "
-        "default), divergence",
+        description="which units go: obs (the default), fisher, taylor, activation, magnitude; layers: influence (the "
+        "default), divergence, taylor; width: as ffn, activation by default",
     )
     targets: tuple[str, ...] = Field(
         ("*",), description="names of stacks or blocks, patterns with *: where it is cut; a part of a name is enough"
@@ -174,20 +181,25 @@ class Prune(BlockTechnique):
 
     @property
     def _by(self) -> By:
-        return self.by or ("influence" if self.what == "layers" else "obs")
+        return self.by or {"layers": "influence", "width": "activation"}.get(self.what, "obs")  # type: ignore[return-value]
 
     def solve(self, block: Block) -> None:
         """Do nothing: the sweep is `_Masking`'s."""
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand."""
-        if self.what == "layers":
-            return Technique.working_bytes(self, model, num_samples, sample_bytes) + self.samples * sample_bytes
+        if self.what in ("layers", "width"):
+            samples = self.samples * sample_bytes
+            if self.what == "width":  # the model as it was, and what passes both
+                samples = 4 * model.num_parameters + 4 * samples
+            return Technique.working_bytes(self, model, num_samples, sample_bytes) + samples
         return self._masking(self.sizes(model), {}).working_bytes(model, num_samples, sample_bytes)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return a smaller candidate."""
         sizes = self.sizes(model)
+        if self.what == "width":
+            return self._narrowed(candidate, model, sizes, context)
         if self.what == "layers":
             kept = self._kept_blocks(candidate, sizes, context)
         else:
@@ -200,14 +212,44 @@ class Prune(BlockTechnique):
         smaller.applied.append(self.entry())
         return smaller
 
+    def _narrowed(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> Candidate:
+        """Return the candidate with fewer channels in its residual stream, its layers fitted to what they were."""
+        totals = self._totals(candidate, model, sizes, context)
+        kept = {
+            one: sorted(totals[one].argsort(stable=True)[one.size - size :].tolist()) for one, size in sizes.items()
+        }
+        example = {name: torch.from_numpy(values) for name, values in context.example.items()}
+        forward = _forward(candidate, context)
+        smaller, before, factor = narrowed(candidate, kept, forward, example)
+        if self.refit:
+            samples, damping = self._samples(context), self.damping
+            steps = 1 + sum(stack.num_blocks for stack in model.stacks)
+            with context.progress.stage(f"{self.name}: blocks fitted", steps) as advance:
+                fit_narrower(
+                    before, smaller.module, kept, model.stacks, forward, samples, damping=damping, advance=advance
+                )
+            if factor != 1:  # the norm was fitted to what it wrote before
+                scale_last_norm(smaller.module, factor, kept, partial(forward, smaller.module, example))
+        smaller.applied.append(self.entry())
+        return smaller
+
     def _kept_blocks(
         self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
     ) -> dict[Dimension, list[int]]:
-        kept = {}
+        kept, scores = {}, {}
+        if self._by == "taylor" and not isinstance(self.remove, tuple):
+            scores = taylor_scores(candidate, sizes, self._batches(context), context)
         for one, size in sizes.items():
-            gone = set(self.remove) if isinstance(self.remove, tuple) else set(
-                blocks_to_go(candidate, one, one.size - size, self._by, self._samples(context), context)
-            )  # fmt: skip
+            if isinstance(self.remove, tuple):
+                gone = set(self.remove)
+            elif scores:
+                free = [number for number in scores[one].argsort(stable=True).tolist() if number not in one.held]
+                gone = set(free[: one.size - size])
+            else:
+                count, samples = one.size - size, self._samples(context)
+                gone = set(blocks_to_go(candidate, one, count, self._by, samples, context))
             kept[one] = [number for number in range(one.size) if number not in gone]
         return kept
 
@@ -249,16 +291,26 @@ class Prune(BlockTechnique):
         wanted = {one: size for one, size in sizes.items() if self._by != "obs" or len(one.readers) > 1}
         if not wanted:
             return {}
-        scores = self._scores(candidate, model, wanted, context)
+        totals = self._totals(candidate, model, wanted, context)
         found: dict[str, tuple[int, ...]] = {}
         for one, size in wanted.items():
-            total_U = torch.stack([scores[reader] for reader in one.readers]).sum(0)
+            gone = torch.argsort(totals[one], stable=True)[: one.size - size].tolist()
+            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
+        return found
+
+    def _totals(
+        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[Dimension, Tensor]:
+        """Return the score of every unit, [U], by dimension, over all that read it."""
+        if self._by == "taylor":
+            return taylor_scores(candidate, sizes, self._batches(context), context)
+        scores = self._scores(candidate, model, sizes, context)
+        found = {one: torch.stack([scores[reader] for reader in one.readers]).sum(0) for one in sizes}
+        for one, total_U in found.items():
             if not bool(torch.isfinite(total_U).all()):
                 raise TechniqueError(
                     f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
                 )
-            gone = torch.argsort(total_U, stable=True)[: one.size - size].tolist()
-            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
         return found
 
     def _scores(
@@ -290,14 +342,17 @@ class Prune(BlockTechnique):
             for name, unit in units.items()
         }
 
-    def _samples(self, context: Context) -> list[dict[str, Tensor]]:
+    def _batches(self, context: Context) -> list[Batch]:
         count = min(self.samples, len(context.calibration))
         if count < self.rows_needed():
             raise TechniqueError(
                 f"{self.label()} needs {self.rows_needed()} calibration samples, {count} were given",
                 "give more rows with --data",
             )
-        picked = [context.calibration[number * len(context.calibration) // count] for number in range(count)]
+        return [context.calibration[number * len(context.calibration) // count] for number in range(count)]
+
+    def _samples(self, context: Context) -> list[dict[str, Tensor]]:
+        picked = self._batches(context)
         return [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
 
     @classmethod
