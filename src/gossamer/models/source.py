@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -70,6 +72,7 @@ class Source:
         self._network = network
         self._forward = forward
         self._places: dict[str, Place] = {}  # found when the model is opened: they are the same for every head of it
+        self._files: Mapping[str, bytes] = {}  # beside the weights, in place of those of the folder
 
     @classmethod
     def open(
@@ -241,8 +244,8 @@ class Source:
                              "give a folder written by save_pretrained, or rows that already are tensors")  # fmt: skip
         loader = _processor_class(self.path)
         try:
-            with quiet_transformers():
-                return loader.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            with quiet_transformers(), self._folder_beside() as folder:
+                return loader.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ModelError(
                 f"{loader.__name__} cannot open the tokenizer or processor in {self.path}: {_first_line(error)}",
@@ -286,6 +289,42 @@ class Source:
             return []
         code = "auto_map" in self._raw_config and self.trust_remote_code
         return checkpoint.shipped_files(self.path, checkpoint.weight_files(self.path), code)
+
+    @property
+    def files_beside(self) -> tuple[str, ...]:
+        """Return the names of what ships beside the weights: config, tokenizer or processor."""
+        names = (path.name for path in self.shipped_files())
+        return tuple(name for name in names if not name.endswith((".safetensors", ".index.json")))
+
+    def read_beside(self, name: str) -> bytes:
+        """Return the content of a file that ships beside the weights."""
+        assert self.path is not None
+        return self._files[name] if name in self._files else (self.path / name).read_bytes()
+
+    def with_files(self, files: Mapping[str, bytes]) -> Source:
+        """Return the same weights with other files beside them, by name: what turns rows into inputs, and the config.
+
+        `module` opens the weights as they lie in the folder all the same, with the folder's own config.
+        """
+        found = copy.copy(self)
+        found._files = {**self._files, **files}
+        if "config.json" in files:
+            found._raw_config = json.loads(files["config.json"])
+            with quiet_transformers():
+                found.config = type(self.config).from_dict(found._raw_config) if self.config is not None else None
+        return found
+
+    @contextmanager
+    def _folder_beside(self) -> Iterator[Path]:
+        """Yield a folder that holds what stands beside the weights: the model's own, where nothing was replaced."""
+        assert self.path is not None
+        if not self._files:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory(prefix="gossamer-beside-") as folder:
+            for name in self.files_beside:
+                (Path(folder) / name).write_bytes(self.read_beside(name))
+            yield Path(folder)
 
     def _copy_of_network(self) -> nn.Module:
         assert self._network is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,18 @@ from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
 from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task, spread
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Row, Scores, Task, spread
 
 STREAMED_TIMEOUT = 24 * 3600.0  # one answer may mean reading a whole model from disk
+
+
+@dataclass(frozen=True)
+class Rowset:
+    """Hold the rows that batches are made of: those to calibrate with, how many inputs they make, those to judge by."""
+
+    calibration: Sequence[Row] = ()
+    num_inputs: int = 0
+    evaluation: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Job:
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
     team: Team = ALONE  # the processes that carry out this job together
     findings: tuple[Finding, ...] = ()  # about the calibration rows
+    rows: Rowset = field(default_factory=Rowset)
 
     @property
     def profiled(self) -> tuple[Batch, ...]:
@@ -71,6 +81,18 @@ class Job:
             axes={name: self.task.input_axes.get(name, {0: "batch"}) for name in self.evaluation[0].inputs},
             outputs=self.outputs,
             cache=_made(self.run.cache / runtime.name),
+        )
+
+    def read_by(self, source: Source) -> Job:
+        """Return the job with its rows in the tokens of another source: of a model whose vocabulary was cut."""
+        if source is self.source:
+            return self
+        task, rows = self.task, self.rows
+        calibration = task.calibration(rows.calibration, source, rows.num_inputs) if rows.calibration else ()
+        evaluation = tuple(task.batches(rows.evaluation, source, batch_size=1))
+        request = task.latency_inputs(evaluation)
+        return replace(
+            self, source=source, calibration=tuple(calibration), evaluation=evaluation, latency_inputs=request
         )
 
     def candidate(self) -> Candidate:

@@ -25,7 +25,8 @@ from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
 from gossamer.plan.budget import streamed_budget, weights_budget
 from gossamer.plan.calibration import check_calibration, kept_apart
-from gossamer.plan.job import Job
+from gossamer.plan.job import Job, Rowset
+from gossamer.plan.words import words_of
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.team import ALONE, Team
@@ -72,6 +73,7 @@ class Prepared:
     prints: dict[str, str]
     names: dict[str, str]
     findings: tuple[Finding, ...] = ()
+    others: list[Row] = field(default_factory=list)  # neither in `calibration` nor held out
 
 
 def prepare(inputs: Inputs) -> Prepared:
@@ -115,7 +117,9 @@ def prepare(inputs: Inputs) -> Prepared:
         "evaluation-file": eval_print,
     }
     names = {"data": data_name, "evaluation": eval_name}
-    return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings))
+    taken = {id(row) for row in calibration}
+    others = [row for row in parts.train if id(row) not in taken]
+    return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings), others)
 
 
 def _without_rows(source: Source, task: Task) -> Prepared:
@@ -158,7 +162,8 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
         if prepared.calibration:
             calibration = tuple(task.calibration(prepared.calibration, source, inputs.calibration_rows))
         words = task.made_up_words if budget is None else min(task.made_up_words, STREAMED_WORDS)
-        evaluation = tuple(task.batches(prepared.evaluation or [made_up_row(words)], source, batch_size=1))
+        judged = prepared.evaluation or [made_up_row(words)]
+        evaluation = tuple(task.batches(judged, source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:
             raise DataError(
@@ -166,7 +171,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
-        model = _mapped(source, task, request, budget)
+        model = replace(_mapped(source, task, request, budget), words=words_of(prepared, inputs.progress))
         if (reason := runtime.refusal_together(model, {})) is not None:
             raise RuntimeUnavailable(f"{runtime.name} cannot hold {source.name}: {reason}", "use --runtime torch")
         findings = check_calibration(prepared, calibration, inputs.progress)
@@ -190,6 +195,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             memory=inputs.memory,
             team=team,
             findings=findings,
+            rows=Rowset(prepared.calibration, inputs.calibration_rows, judged),
         )
     finally:
         torch.set_num_threads(before)
@@ -201,7 +207,8 @@ def piece_by_piece(job: Job) -> Job | None:
         return None
     budget = streamed_budget(job.memory)
     try:
-        return replace(job, budget=budget, model=_mapped(job.source, job.task, job.latency_inputs, budget))
+        model = replace(_mapped(job.source, job.task, job.latency_inputs, budget), words=job.model.words)
+        return replace(job, budget=budget, model=model)
     except ModelError:  # batch norms, tensors of other names
         return None
 

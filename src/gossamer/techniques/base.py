@@ -90,7 +90,8 @@ class Context:
 class SearchSpace:
     """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task.
 
-    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`).
+    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`); `bounds` what of
+    the original's may be left of those that it bounds from above.
     """
 
     model: ModelMap
@@ -98,6 +99,7 @@ class SearchSpace:
     task: Task
     calibration_rows: int
     wanted: frozenset[str] = frozenset()
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
 
 def searched(default: Any, domain: Iterable[Any], description: str) -> Any:
