@@ -78,14 +78,18 @@ def many_ways() -> Tokenizer:
     """Return a BPE as Llama's: whole sentences are joined, a token comes about in several ways, bytes for the rest."""
     learned = Tokenizer(models.Unigram())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"]))
+    learned.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"])
+    )
     pieces = [piece for piece, _ in json.loads(learned.to_str())["model"]["vocab"]]
     singles = sorted({letter for piece in pieces[1:] for letter in piece})
     words = list(dict.fromkeys(["<unk>", *BYTES, *(p for p in pieces[1:] if len(p) > 1), *singles]))
     numbers = {word: number for number, word in enumerate(words)}
     found = [(w[:cut], w[cut:]) for w in words for cut in range(1, len(w)) if w[:cut] in numbers and w[cut:] in numbers]
     merges = sorted((pair for pair in found if pair[0] + pair[1] not in BYTES), key=lambda p: numbers[p[0] + p[1]])
-    tokenizer = Tokenizer(models.BPE(vocab=numbers, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=numbers, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens(["<unk>", "<s>"])
     return tokenizer
@@ -95,7 +99,8 @@ def unigram(byte_fallback: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator(
-        CORPUS, trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+        CORPUS,
+        trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<s>", "<pad>", "</s>", "<unk>"]),
     )
     if byte_fallback:
         written = json.loads(tokenizer.to_str())
@@ -236,8 +241,10 @@ def test_other_kinds_are_refused_by_name() -> None:
 
 
 def test_settings_that_are_numbers_of_tokens_are_found_at_any_depth() -> None:
-    config = {"pad_token_id": 3, "eos_token_id": [5, 7], "vocab_size": 9, "text_config": {"bos_token_id": 7}, "a_token_id": -1,
-              "id2label": {0: "x"}, "suppress_tokens": [2, 7]}  # fmt: skip
+    config = {
+        "pad_token_id": 3, "eos_token_id": [5, 7], "vocab_size": 9, "text_config": {"bos_token_id": 7},
+        "a_token_id": -1, "id2label": {0: "x"}, "suppress_tokens": [2, 7],
+    }  # fmt: skip
     assert sorted(token_ids(config)) == [3, 5, 7, 7]
     after = renumbered(config, {3: 0, 5: 1, 7: 2})
     assert after == {**config, "pad_token_id": 0, "eos_token_id": [1, 2], "text_config": {"bos_token_id": 2},
@@ -252,7 +259,9 @@ def test_all_files_that_number_tokens_are_rewritten() -> None:
     last = kept[-1]
     files = {
         "tokenizer.json": b"",
-        "tokenizer_config.json": json.dumps({"added_tokens_decoder": {"0": {"content": "<s>"}, str(last): {}}}).encode(),
+        "tokenizer_config.json": json.dumps(
+            {"added_tokens_decoder": {"0": {"content": "<s>"}, str(last): {}}}
+        ).encode(),
         "added_tokens.json": json.dumps({"<mask>": last}).encode(),
         "config.json": json.dumps({"mask_token_id": last, "vocab_size": 701}).encode(),
     }

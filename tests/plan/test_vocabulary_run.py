@@ -53,7 +53,7 @@ def given(texts: Path, **more: Any) -> dict[str, Any]:
     return {"task": "text-classification", "threads": 1, "calibration_rows": 24, **rows, **more}
 
 
-@pytest.fixture(params=["torch", "onnxruntime"])
+@pytest.fixture(params=["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def job(texts: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
     inputs = Inputs(model=texts / "model", **given(texts, runtime=request.param))
     prepared = prepare(inputs)
@@ -102,7 +102,8 @@ def test_held_out_rows_are_not_counted(texts: Path, tmp_path: Path) -> None:
     hidden = {"text": "quaquadri estostqua", "label": "ham"}
     test = [json.loads(line) for line in (texts / "test.jsonl").read_text().splitlines()]
     inputs = Inputs(
-        model=texts / "model", **{**given(texts, runtime="torch"), "data": [*rows, hidden], "evaluation": [*test, hidden]}
+        model=texts / "model",
+        **{**given(texts, runtime="torch"), "data": [*rows, hidden], "evaluation": [*test, hidden]},
     )
     with Run(tmp_path / "run", {"a": "test"}) as run, opened_job(inputs, prepare(inputs), run) as job:
         words = job.model.words

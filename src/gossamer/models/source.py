@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +20,7 @@ from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
 from gossamer.models import checkpoint
+from gossamer.models.beside import Beside, processor_class
 from gossamer.models.experts import take_apart
 from gossamer.models.lazy import load_buffers, without_values
 from gossamer.models.places import Place, find_places, reader
@@ -242,9 +242,9 @@ class Source:
         if self.path is None:
             raise ModelError(f"{self.name} was given as a network, which has no tokenizer or image processor",
                              "give a folder written by save_pretrained, or rows that already are tensors")  # fmt: skip
-        loader = _processor_class(self.path)
+        loader = processor_class(self.path)
         try:
-            with quiet_transformers(), self._folder_beside() as folder:
+            with quiet_transformers(), self.beside.folder() as folder:
                 return loader.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ModelError(
@@ -291,15 +291,9 @@ class Source:
         return checkpoint.shipped_files(self.path, checkpoint.weight_files(self.path), code)
 
     @property
-    def files_beside(self) -> tuple[str, ...]:
-        """Return the names of what ships beside the weights: config, tokenizer or processor."""
-        names = (path.name for path in self.shipped_files())
-        return tuple(name for name in names if not name.endswith((".safetensors", ".index.json")))
-
-    def read_beside(self, name: str) -> bytes:
-        """Return the content of a file that ships beside the weights."""
-        assert self.path is not None
-        return self._files[name] if name in self._files else (self.path / name).read_bytes()
+    def beside(self) -> Beside:
+        """Return what ships beside the weights: config, tokenizer or processor."""
+        return Beside.of(self.path, self.shipped_files(), self._files)
 
     def with_files(self, files: Mapping[str, bytes]) -> Source:
         """Return the same weights with other files beside them, by name: what turns rows into inputs, and the config.
@@ -308,23 +302,11 @@ class Source:
         """
         found = copy.copy(self)
         found._files = {**self._files, **files}
-        if "config.json" in files:
+        if "config.json" in files and self.config is not None:
             found._raw_config = json.loads(files["config.json"])
             with quiet_transformers():
-                found.config = type(self.config).from_dict(found._raw_config) if self.config is not None else None
+                found.config = type(self.config).from_dict(found._raw_config)
         return found
-
-    @contextmanager
-    def _folder_beside(self) -> Iterator[Path]:
-        """Yield a folder that holds what stands beside the weights: the model's own, where nothing was replaced."""
-        assert self.path is not None
-        if not self._files:
-            yield self.path
-            return
-        with tempfile.TemporaryDirectory(prefix="gossamer-beside-") as folder:
-            for name in self.files_beside:
-                (Path(folder) / name).write_bytes(self.read_beside(name))
-            yield Path(folder)
 
     def _copy_of_network(self) -> nn.Module:
         assert self._network is not None
@@ -428,23 +410,6 @@ def _read_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) 
                          "mend the value that it names") from error  # fmt: skip
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def _processor_class(folder: Path) -> Any:
-    """Return the Auto class for what lies in the folder: a tokenizer, an image processor, or both."""
-    tokenizer_names = ("tokenizer.json", "tokenizer_config.json", *checkpoint.SLOW_TOKENIZER_FILES)
-    has_tokenizer = any(any(folder.glob(pattern)) for pattern in tokenizer_names)
-    has_processor = any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
-    if has_tokenizer and has_processor:
-        return transformers.AutoProcessor
-    if has_tokenizer:
-        return transformers.AutoTokenizer
-    if has_processor:
-        return transformers.AutoImageProcessor
-    raise ModelError(
-        f"{folder} holds no tokenizer and no image processor",
-        "save it beside the model: tokenizer.save_pretrained(folder) or image_processor.save_pretrained(folder)",
-    )
 
 
 def _first_line(error: BaseException) -> str:

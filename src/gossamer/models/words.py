@@ -52,13 +52,13 @@ class Words:
     def vocabulary(self) -> Vocabulary:
         """Return the tokens. Raises ModelError for a model without a tokenizer.json, or one that is not understood."""
         name = self.source.name
-        if TOKENIZER not in self.source.files_beside:
+        if TOKENIZER not in self.source.beside.names:
             raise ModelError(
                 f"{name} has no {TOKENIZER}, the one form of a tokenizer that is trimmed",
                 "write it once: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
             )
         try:
-            return Vocabulary(json.loads(self.source.read_beside(TOKENIZER)))
+            return Vocabulary(json.loads(self.source.beside.read(TOKENIZER)))
         except ModelError as error:
             raise ModelError(f"the vocabulary of {name} cannot be trimmed: {error.message}", error.hint) from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -68,13 +68,13 @@ class Words:
     def held(self) -> frozenset[int]:
         """Return the tokens that must stay: the tokenizer's, and those that config.json names."""
         known = set(self.vocabulary.tokens)
-        config = json.loads(self.source.read_beside("config.json"))
+        config = json.loads(self.source.beside.read("config.json"))
         return self.vocabulary.held | (set(token_ids(config)) & known)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Return the bytes of the files that ship beside the weights."""
-        return sum(len(self.source.read_beside(name)) for name in self.source.files_beside)
+        return sum(len(self.source.beside.read(name)) for name in self.source.beside.names)
 
     def chosen(self, least: int, size: int | None, keep: tuple[str, ...] = ()) -> tuple[int, ...]:
         """Return the numbers of the tokens that stay, in order; see `Vocabulary.chosen`. `keep` are texts."""
@@ -91,7 +91,7 @@ class Words:
     def trimmed(self, kept: tuple[int, ...], size_names: tuple[str, ...]) -> Words:
         """Return the words of a model of which only these tokens stay; `size_names` say their number in config.json."""
         if kept not in self._trimmed:
-            files = {name: self.source.read_beside(name) for name in self.source.files_beside}
+            files = {name: self.source.beside.read(name) for name in self.source.beside.names}
             found = trimmed_files(files, self.vocabulary, kept)
             config = json.loads(found["config.json"])
             for name in size_names:

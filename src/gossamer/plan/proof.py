@@ -86,7 +86,7 @@ def tokens_print(job: Job, steps: Sequence[Technique]) -> dict[str, str]:
     words = resolved(job.model, steps)[1].words
     if words is None or words is job.model.words:
         return {}
-    return {"tokenizer": hashlib.sha256(words.source.read_beside(TOKENIZER)).hexdigest()}
+    return {"tokenizer": hashlib.sha256(words.source.beside.read(TOKENIZER)).hexdigest()}
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
@@ -149,9 +149,9 @@ def _decision_json(decision: Decision) -> dict[str, Any]:
 def as_served(job: Job, artifact: Path) -> Job:
     """Return the job with its rows as the artifact's own tokenizer reads them, where that is not the original's."""
     ours = artifact / TOKENIZER
-    if TOKENIZER not in job.source.files_beside or not ours.exists():
+    if TOKENIZER not in job.source.beside.names or not ours.exists():
         return job
-    if ours.read_bytes() == job.source.read_beside(TOKENIZER):
+    if ours.read_bytes() == job.source.beside.read(TOKENIZER):
         return job
     return job.read_by(Source.companions(artifact, trust_remote_code=job.source.trust_remote_code))
 

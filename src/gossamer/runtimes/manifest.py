@@ -82,9 +82,9 @@ def copy_companions(source: Source, folder: Path) -> None:
     """Copy what turns text or images into inputs (tokenizer, processor, config) where the runtime did not write it."""
     if source.path is None:
         return
-    for name in source.files_beside:
+    for name in source.beside.names:
         if not (folder / name).exists():
-            (folder / name).write_bytes(source.read_beside(name))
+            (folder / name).write_bytes(source.beside.read(name))
 
 
 def _sha256(path: Path) -> str:

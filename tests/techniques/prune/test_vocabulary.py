@@ -1,4 +1,4 @@
-"""`vocabulary` on tiny models: the same answers to the domain's texts, stock classes open what is left, what it refuses."""
+"""`vocabulary` on tiny models: the domain's texts are answered as before, stock classes open it, what it refuses."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_stock_classes_open_it_and_answer_the_domain_as_before(
         for text in DOMAIN:
             inputs = [tokenizer(text, return_tensors="pt") for _, tokenizer in (before, now)]
             assert inputs[0].tokens() == inputs[1].tokens()
-            rows_of = [m.get_input_embeddings()(x["input_ids"]) for (m, _), x in zip((before, now), inputs, strict=True)]
+            rows_of = [
+                m.get_input_embeddings()(x["input_ids"]) for (m, _), x in zip((before, now), inputs, strict=True)
+            ]
             assert torch.equal(*rows_of)
             logits = [m(**x).logits for (m, _), x in zip((before, now), inputs, strict=True)]
             torch.testing.assert_close(*logits, rtol=0, atol=1e-6)  # where tensors lie in memory moves the last bit

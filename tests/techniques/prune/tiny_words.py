@@ -43,8 +43,13 @@ def write_bert(folder: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", *(f"[unused{number}]" for number in range(5)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special[:1] + special[6:]))
-    words = [*special, *(w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]) if w not in special)]
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special[:1] + special[6:])
+    )
+    words = [
+        *special,
+        *(w for w, _ in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]) if w not in special),
+    ]
     BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
     config = BertConfig(vocab_size=len(words) + 6, pad_token_id=0, **SIZES)  # rows that no token has
     return _written(BertForSequenceClassification, config, folder)
