@@ -3,6 +3,7 @@
     ffn     channels of a feed-forward network: rows of up and gate with their biases, columns of down
     heads   heads of an attention: rows of q, k, v, columns of o; queries that share keys and values go with them
     layers  whole blocks of a stack
+    vocabulary  rows of the embedding, the head and its bias, one for each token (`embeddings.py`)
 
 They are read from the roles that the data flow showed, not from a list of architectures. Whether the model's own class
 can be built with fewer units is tried on its config (`stock.py`): where it holds one number for all blocks, the same
@@ -24,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gossamer.models.dataflow import Flow
+from gossamer.models.embeddings import find_vocabulary
 from gossamer.models.purpose import named
 from gossamer.models.roles import Cuttable, Dimension, LayerInfo, Member, Stack
 from gossamer.models.stock import Change, Fit, Shapes, Stock, shapes_of
@@ -42,6 +44,7 @@ def find_dimensions(
     inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, notes)]
     stock = Stock(module) if isinstance(module, PreTrainedModel) else None
     found = [*_said_by_config(stock, shapes, inside, notes), *_depths(module, stock, shapes, stacks)]
+    found += find_vocabulary(stock, shapes) if stock is not None else ()
     deep = {one.stack for one in found if one.kind == "layers"}
     if whole := [stack.name or "the model itself" for stack in stacks if stack.name not in deep]:
         notes.append(f"stacks whose blocks cannot be fewer (shared, or the config does not count them): {named(whole)}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from gossamer.models.words import Words
 
 Role = Literal[
     "embedding",
@@ -83,8 +86,8 @@ class Experts:
     gated_by_silu: bool = False
 
 
-Cuttable = Literal["ffn", "heads", "layers", "width"]
-CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width")
+Cuttable = Literal["ffn", "heads", "layers", "width", "vocabulary"]
+CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class ModelMap:
     notes: tuple[str, ...] = field(default=())
     experts: tuple[Experts, ...] = field(default=())
     dimensions: tuple[Dimension, ...] = field(default=())
+    words: Words | None = field(default=None, compare=False)  # what it reads, where that is known
 
     def layer(self, name: str) -> LayerInfo:
         """Return the layer of that module name."""

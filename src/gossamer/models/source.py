@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
 from gossamer.models import checkpoint
+from gossamer.models.beside import Beside, processor_class
 from gossamer.models.experts import take_apart
 from gossamer.models.lazy import load_buffers, without_values
 from gossamer.models.places import Place, find_places, reader
@@ -70,6 +72,8 @@ class Source:
         self._network = network
         self._forward = forward
         self._places: dict[str, Place] = {}  # found when the model is opened: they are the same for every head of it
+        self._files: Mapping[str, bytes] = {}  # beside the weights, in place of those of the folder
+        self._kept: tuple[int, ...] | None = None  # what its tokens are called by the weights, where some are gone
 
     @classmethod
     def open(
@@ -239,10 +243,10 @@ class Source:
         if self.path is None:
             raise ModelError(f"{self.name} was given as a network, which has no tokenizer or image processor",
                              "give a folder written by save_pretrained, or rows that already are tensors")  # fmt: skip
-        loader = _processor_class(self.path)
+        loader = processor_class(self.path)
         try:
-            with quiet_transformers():
-                return loader.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            with quiet_transformers(), self.beside.folder() as folder:
+                return loader.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ModelError(
                 f"{loader.__name__} cannot open the tokenizer or processor in {self.path}: {_first_line(error)}",
@@ -286,6 +290,35 @@ class Source:
             return []
         code = "auto_map" in self._raw_config and self.trust_remote_code
         return checkpoint.shipped_files(self.path, checkpoint.weight_files(self.path), code)
+
+    @property
+    def beside(self) -> Beside:
+        """Return what ships beside the weights: config, tokenizer or processor."""
+        return Beside.of(self.path, self.shipped_files(), self._files)
+
+    def original(self, task: Purpose) -> nn.Module:
+        """Return the model as it was before anything was done to it, reading the tokens that this source writes."""
+        module = self.module(task)
+        if self._kept is not None:
+            names = torch.tensor(self._kept)
+            embedding = module.get_input_embeddings()  # type: ignore[operator]
+            embedding.register_forward_pre_hook(lambda _, inputs: (names[inputs[0]], *inputs[1:]))
+        return module
+
+    def with_files(self, files: Mapping[str, bytes], kept: tuple[int, ...] | None = None) -> Source:
+        """Return the same weights with other files beside them, by name: what turns rows into inputs, and the config.
+
+        `kept` are the old numbers of the tokens that these files leave. `module` opens the weights as they lie in the
+        folder all the same, with the folder's own config.
+        """
+        found = copy.copy(self)
+        found._files = {**self._files, **files}
+        found._kept = kept
+        if "config.json" in files and self.config is not None:
+            found._raw_config = json.loads(files["config.json"])
+            with quiet_transformers():
+                found.config = type(self.config).from_dict(found._raw_config)
+        return found
 
     def _copy_of_network(self) -> nn.Module:
         assert self._network is not None
@@ -389,23 +422,6 @@ def _read_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) 
                          "mend the value that it names") from error  # fmt: skip
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def _processor_class(folder: Path) -> Any:
-    """Return the Auto class for what lies in the folder: a tokenizer, an image processor, or both."""
-    tokenizer_names = ("tokenizer.json", "tokenizer_config.json", *checkpoint.SLOW_TOKENIZER_FILES)
-    has_tokenizer = any(any(folder.glob(pattern)) for pattern in tokenizer_names)
-    has_processor = any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
-    if has_tokenizer and has_processor:
-        return transformers.AutoProcessor
-    if has_tokenizer:
-        return transformers.AutoTokenizer
-    if has_processor:
-        return transformers.AutoImageProcessor
-    raise ModelError(
-        f"{folder} holds no tokenizer and no image processor",
-        "save it beside the model: tokenizer.save_pretrained(folder) or image_processor.save_pretrained(folder)",
-    )
 
 
 def _first_line(error: BaseException) -> str:

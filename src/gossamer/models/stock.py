@@ -97,7 +97,7 @@ class Stock:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
-        self._numbers = dict(_numbers(module.config))
+        self.numbers = dict(_numbers(module.config))  # that may be sizes, by path
         self._built: dict[tuple[Any, ...], Shapes | None] = {}
 
     def fit(
@@ -154,11 +154,12 @@ class Stock:
 
     def number(self, path: Path) -> int | None:
         """Return a number of the config as it is."""
-        return self._numbers[path]
+        return self.numbers[path]
 
-    def numbers(self) -> list[tuple[Path, int | None]]:
-        """Return the numbers of the config by path; None for those that it leaves open."""
-        return list(self._numbers.items())
+    @property
+    def token_ids(self) -> tuple[Path, ...]:
+        """Return where the config names a token by its number."""
+        return tuple(_token_ids(self.module.config.to_dict()))
 
     def _fit(self, wanted: Shapes, change: Change) -> Fit | None:
         built = self.shapes(change)
@@ -173,7 +174,7 @@ class Stock:
     ) -> Iterator[list[Change]]:
         """Yield the start with one more number changed, then with two more where one is refused or open by itself."""
         singles, hard = [], set()
-        for path, number in self._numbers.items():
+        for path, number in self.numbers.items():
             if path in start.numbers:
                 continue
             if path[-1] in UNSAID:
@@ -188,7 +189,7 @@ class Stock:
         changes = [start.with_number(*single) for single in singles]
         yield changes
         for (path, _), change in zip(singles, changes, strict=True):
-            if self._numbers[path] is None or self.shapes(change) is None:
+            if self.numbers[path] is None or self.shapes(change) is None:
                 hard.add(path)
         pairs = [(one, two) for index, one in enumerate(singles) for two in singles[index + 1 :]]
         pairs = [(one, two) for one, two in pairs if one[0] != two[0] and (one[0] in hard) != (two[0] in hard)]
@@ -206,6 +207,15 @@ def _numbers(config: PretrainedConfig, inside: Path = ()) -> Iterator[tuple[Path
             yield (*inside, name), None
         elif isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_token_id"):
             yield (*inside, name), value
+
+
+def _token_ids(values: Mapping[str, Any], inside: Path = ()) -> Iterator[Path]:
+    """Yield the paths of settings that are the number of a token."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _token_ids(value, (*inside, name))
+        elif str(name).endswith("_token_id") and isinstance(value, int):
+            yield (*inside, name)
 
 
 # numbers that configs leave open and derive from others (any other None means that a feature is off), and those that

@@ -211,5 +211,5 @@ def _told(stock: Stock, shapes: Shapes, alike: Sequence[Dimension]) -> list[Dime
 
 def head_sizes(stock: Stock, width: int) -> tuple[int, ...]:
     """Return what a head's size may be where a config leaves it open: the width by a number of heads."""
-    heads = {number for path, number in stock.numbers() if number and "head" in path[-1]}
+    heads = {number for path, number in stock.numbers.items() if number and "head" in path[-1]}
     return tuple(sorted({width // number for number in heads if width % number == 0}))

@@ -23,7 +23,7 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.ranking import time_budget
+from gossamer.plan.ranking import time_budget, upper_bounds
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
 from gossamer.plan.search import Found, Search, prove
@@ -228,7 +228,9 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> li
     wanted: set[str] = {part.quantity for part in goal.constraints}
     if goal.objective is not None:
         wanted.add(goal.objective.quantity)
-    space = SearchSpace(job.model, job.runtime, job.task, calibration_rows, frozenset(wanted))
+    space = SearchSpace(
+        job.model, job.runtime, job.task, calibration_rows, frozenset(wanted), upper_bounds(goal, tables.original)
+    )
     found = [*recipes(space), *mixed_recipes(job, goal, tables, space)]
     if not job.model.experts:
         return found

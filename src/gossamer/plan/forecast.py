@@ -30,6 +30,7 @@ from gossamer.plan.budget import memory_limit, needed_bytes
 from gossamer.plan.comparison import CHECKED_VALUES
 from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
+from gossamer.plan.predict import bytes_beside_saved
 from gossamer.plan.proof import NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
 from gossamer.plan.rates import Rates, values_of
 from gossamer.plan.records import DiskUse, Forecast, Stage
@@ -135,7 +136,7 @@ class Forecaster:
                 self._add_sweep(step, applied, costs, own + codes)
             else:
                 learns = step.needs.training
-                passes = step.model_passes(job.num_training_rows if learns else len(job.calibration))
+                passes = step.model_passes(len(job.rows.others) if learns else len(job.calibration))
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
                 seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * rates.pass_seconds
@@ -304,7 +305,7 @@ def artifact_bytes(job: Job, decisions: Sequence[Decision], after: ModelMap | No
             kept = stored.itemsize if stored is not None and job.runtime.keeps_16_bits else 4
             spec = specs.get(f"{layer.name}.weight")
             total += job.runtime.stored_bytes(layer.role, layer.shape, spec, 2 if narrow else kept)
-    return total + _companions(job)
+    return total + _companions(job) - bytes_beside_saved(job.model, after or job.model)
 
 
 def _companions(job: Job) -> int:

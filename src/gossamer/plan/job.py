@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,26 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
+from gossamer.plan.calibration import apart
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
 from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
-from gossamer.tasks.base import Arrays, Batch, Evaluation, Scores, Task, spread
+from gossamer.tasks.base import Arrays, Batch, Evaluation, Row, Scores, Task, spread
 
 STREAMED_TIMEOUT = 24 * 3600.0  # one answer may mean reading a whole model from disk
+
+
+@dataclass(frozen=True)
+class Rowset:
+    """Hold the rows that batches are made of: those to calibrate with, how many inputs they make, those to judge by,
+    and those that are left to learn from."""
+
+    calibration: Sequence[Row] = ()
+    num_inputs: int = 0
+    evaluation: Sequence[Row] = ()
+    others: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,7 @@ class Job:
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
     team: Team = ALONE  # the processes that carry out this job together
     findings: tuple[Finding, ...] = ()  # about the calibration rows
-    num_training_rows: int = 0  # of those that neither calibrate nor prove
-    read_training: Callable[[], Sequence[Batch]] = tuple
+    rows: Rowset = field(default_factory=Rowset)
 
     @property
     def profiled(self) -> tuple[Batch, ...]:
@@ -67,8 +78,9 @@ class Job:
 
     @cached_property
     def training(self) -> tuple[Batch, ...]:
-        """Return the rows to learn from as batches of one row, made when they are first asked for."""
-        return tuple(self.read_training())
+        """Return the rows to learn from as batches of one row: none of them says what an evaluation row says."""
+        rows = apart(self.rows.others, self.rows.evaluation)
+        return tuple(self.task.batches(rows, self.source)) if rows else ()
 
     def request(self, runtime: Runtime | None = None) -> ExportRequest:
         """Return what a runtime needs to write an artifact of this job's model."""
@@ -79,6 +91,18 @@ class Job:
             axes={name: self.task.input_axes.get(name, {0: "batch"}) for name in self.evaluation[0].inputs},
             outputs=self.outputs,
             cache=_made(self.run.cache / runtime.name),
+        )
+
+    def read_by(self, source: Source) -> Job:
+        """Return the job with its rows in the tokens of another source: of a model whose vocabulary was cut."""
+        if source is self.source:
+            return self
+        task, rows = self.task, self.rows
+        calibration = task.calibration(rows.calibration, source, rows.num_inputs) if rows.calibration else ()
+        evaluation = tuple(task.batches(rows.evaluation, source, batch_size=1))
+        request = task.latency_inputs(evaluation)
+        return replace(
+            self, source=source, calibration=tuple(calibration), evaluation=evaluation, latency_inputs=request
         )
 
     def candidate(self) -> Candidate:

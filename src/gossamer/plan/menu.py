@@ -14,12 +14,11 @@ from gossamer.plan.candidates import Steps, repaired
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, predicted_bytes
 from gossamer.plan.profile import profile
-from gossamer.plan.ranking import HOPELESS, LIKELY, Ranked, in_order, original_values, rank
+from gossamer.plan.ranking import COUNTED, HOPELESS, LIKELY, Ranked, in_order, original_values, rank
 from gossamer.techniques.base import SearchSpace, resolved
 
 WAVE = 12  # recipes that are profiled together
 STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
-COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
 class Menu:
@@ -114,7 +113,7 @@ class Menu:
                 self.job.runtime,
                 self.job.task,
                 calibration_rows=rows,
-                training_rows=self.job.num_training_rows,
+                training_rows=len(self.job.rows.others),
             )
             self.repaired[steps] = repaired(steps, space)
         return self.repaired[steps]

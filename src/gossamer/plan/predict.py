@@ -127,7 +127,14 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision], after: ModelM
         spec, width = decided.weight if decided else None, min(before, cast_bytes)
         held = tables.runtime.stored_bytes(layer.role, layer.shape, spec, width)
         saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, before) - held
-    return unchanged_bytes - saved
+    return unchanged_bytes - saved - bytes_beside_saved(tables.model, after)
+
+
+def bytes_beside_saved(before: ModelMap, after: ModelMap) -> int:
+    """Return how many bytes fewer the tokenizer's files take after a recipe that cut its vocabulary."""
+    if before.words is None or after.words is None or after.words is before.words:
+        return 0
+    return before.words.num_bytes - after.words.num_bytes
 
 
 def _float_bytes(tables: Tables, model: ModelMap) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
 from gossamer.plan.budget import streamed_budget, weights_budget
-from gossamer.plan.calibration import apart, check_calibration, kept_apart
-from gossamer.plan.job import Job
+from gossamer.plan.calibration import check_calibration, kept_apart
+from gossamer.plan.job import Job, Rowset
+from gossamer.plan.words import words_of
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.team import ALONE, Team
@@ -70,10 +70,10 @@ class Prepared:
     task: Task
     calibration: list[Row]
     evaluation: list[Row]
-    training: list[Row]
     prints: dict[str, str]
     names: dict[str, str]
     findings: tuple[Finding, ...] = ()
+    others: list[Row] = field(default_factory=list)  # neither in `calibration` nor held out
 
 
 def prepare(inputs: Inputs) -> Prepared:
@@ -109,24 +109,24 @@ def prepare(inputs: Inputs) -> Prepared:
             "give more rows with --eval",
         )
     calibration = kept_apart(parts.calibration, parts.train, evaluation, findings)
-    used = {id(row) for row in calibration}
-    training = [row for row in parts.train if id(row) not in used]
+    taken = {id(row) for row in calibration}
+    others = [row for row in parts.train if id(row) not in taken]
     prints = {
         "model": source.fingerprint,
         "data": data_print,
         "calibration": hash_json([row_key(row) for row in calibration]),
         "evaluation": hash_json([row_key(row) for row in evaluation]),
         "evaluation-file": eval_print,
-        "training": hash_json([row_key(row) for row in training]),
+        "training": hash_json([row_key(row) for row in others]),
     }
     names = {"data": data_name, "evaluation": eval_name}
-    return Prepared(source, task, calibration, evaluation, training, prints, names, tuple(findings))
+    return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings), others)
 
 
 def _without_rows(source: Source, task: Task) -> Prepared:
     names = ("data", "calibration", "evaluation", "evaluation-file", "training")
     prints = {"model": source.fingerprint, **dict.fromkeys(names, "")}
-    return Prepared(source, task, [], [], [], prints, {"data": "none", "evaluation": "none"})
+    return Prepared(source, task, [], [], prints, {"data": "none", "evaluation": "none"})
 
 
 def made_up_row(words: int) -> Row:
@@ -164,7 +164,8 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
         if prepared.calibration:
             calibration = tuple(task.calibration(prepared.calibration, source, inputs.calibration_rows))
         words = task.made_up_words if budget is None else min(task.made_up_words, STREAMED_WORDS)
-        evaluation = tuple(task.batches(prepared.evaluation or [made_up_row(words)], source, batch_size=1))
+        judged = prepared.evaluation or [made_up_row(words)]
+        evaluation = tuple(task.batches(judged, source, batch_size=1))
         num_samples = len({int(sample) for batch in evaluation for sample in batch.samples})
         if prepared.evaluation and num_samples < MIN_SAMPLES:
             raise DataError(
@@ -172,7 +173,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
                 "raise max_tokens, or give more rows with --eval",
             )
         request = task.latency_inputs(evaluation)
-        model = _mapped(source, task, request, budget)
+        model = replace(_mapped(source, task, request, budget), words=words_of(prepared, inputs.progress))
         if (reason := runtime.refusal_together(model, {})) is not None:
             raise RuntimeUnavailable(f"{runtime.name} cannot hold {source.name}: {reason}", "use --runtime torch")
         findings = check_calibration(prepared, calibration, inputs.progress)
@@ -186,8 +187,6 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             model=model,
             calibration=calibration,
             evaluation=evaluation,
-            num_training_rows=len(prepared.training),
-            read_training=partial(_training, prepared),
             latency_inputs=request,
             prints=prepared.prints,
             threads=threads,
@@ -198,15 +197,10 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             memory=inputs.memory,
             team=team,
             findings=findings,
+            rows=Rowset(prepared.calibration, inputs.calibration_rows, judged, prepared.others),
         )
     finally:
         torch.set_num_threads(before)
-
-
-def _training(prepared: Prepared) -> list[Batch]:
-    """Return the rows to learn from as batches of one row, without those that say what evaluation rows say."""
-    rows = apart(prepared.training, prepared.evaluation)
-    return prepared.task.batches(rows, prepared.source) if rows else []
 
 
 def piece_by_piece(job: Job) -> Job | None:
@@ -215,7 +209,8 @@ def piece_by_piece(job: Job) -> Job | None:
         return None
     budget = streamed_budget(job.memory)
     try:
-        return replace(job, budget=budget, model=_mapped(job.source, job.task, job.latency_inputs, budget))
+        model = replace(_mapped(job.source, job.task, job.latency_inputs, budget), words=job.model.words)
+        return replace(job, budget=budget, model=model)
     except ModelError:  # batch norms, tensors of other names
         return None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -24,7 +24,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
-from gossamer.plan.proof import apply_steps
+from gossamer.plan.proof import apply_steps, tokens_print
 from gossamer.plan.records import Record
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import ExportRequest
@@ -143,8 +143,10 @@ def _effect(
     """Return what one step does to quality, and its layers as small artifacts to be timed."""
 
     def build(folder: Path) -> dict[str, Any]:
-        candidate, decisions = apply_steps(job, [step])
-        found = job.evaluate(candidate, job.profiled, reference)
+        # a vocabulary that was counted on the very rows that judge it would seem to lose nothing
+        model = replace(job.model, words=job.model.words.apart) if job.model.words is not None else job.model
+        candidate, decisions = apply_steps(replace(job, model=model), [step])
+        found = job.evaluate(candidate, job.read_by(candidate.source).profiled, reference)
         assert found.divergence is not None
         assert found.agreement is not None
         return {
@@ -160,6 +162,7 @@ def _effect(
         seed=job.seed,
         runtime=job.runtime.name,
         shapes={name: list(shape) for name, shape in shapes.items()},
+        **tokens_print(job, [step]),
     )
     result = job.run.step("effect", inputs, build)
     value = result.value

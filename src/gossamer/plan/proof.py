@@ -7,8 +7,10 @@ original), `timed` (latency in turns with the original; peak memory).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
+from gossamer.models.source import Source
+from gossamer.models.tokenizer_files import TOKENIZER
 from gossamer.plan.budget import samples_memory
 from gossamer.plan.comparison import compare_outputs, compare_tensors, thinned
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
@@ -50,8 +54,8 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         target = folder / "artifact"
         target.mkdir()
         with job.progress.stage(f"writing for {job.runtime.name}", None):
-            job.runtime.write(candidate, target, job.request())
-        copy_companions(job.source, target)
+            job.runtime.write(candidate, target, job.read_by(candidate.source).request())
+        copy_companions(candidate.source, target)
         write_manifest(
             target,
             runtime=job.runtime.name,
@@ -74,8 +78,18 @@ def artifact_inputs(job: Job, steps: Sequence[Technique]) -> dict[str, Any]:
     """Return what the step that writes a recipe's artifact depends on."""
     rows_used = job.prints["calibration"] if any(step.rows_needed() for step in steps) else None
     entries = [step.entry() for step in steps]
-    learned = {"training": job.prints["training"]} if any(step.needs.training for step in steps) else {}
-    return job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed, **learned)
+    inputs = job.step_inputs(recipe=entries, runtime=job.runtime.name, calibration=rows_used, seed=job.seed)
+    if any(step.needs.training for step in steps):
+        inputs["training"] = job.prints["training"]
+    return inputs | tokens_print(job, steps)
+
+
+def tokens_print(job: Job, steps: Sequence[Technique]) -> dict[str, str]:
+    """Return what identifies the tokens that some steps leave, as an input of what they make; nothing if all stay."""
+    words = resolved(job.model, steps)[1].words
+    if words is None or words is job.model.words:
+        return {}
+    return {"tokenizer": hashlib.sha256(words.source.beside.read(TOKENIZER)).hexdigest()}
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
@@ -90,7 +104,7 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         run=job.run,
         identity=job.step_inputs(calibration=job.prints["calibration"], seed=job.seed),
         team=job.team,
-        training=lambda: job.training,
+        training=partial(getattr, job, "training"),
         training_print=job.prints["training"],
     )
     decisions: list[Decision] = []
@@ -98,7 +112,16 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
     for step in steps:
         decisions += step.resolve(model)
         context = replace(context, samples_memory=samples_memory(job, step))
+        source = candidate.source
         candidate = step.apply(candidate, model, context)
+        if candidate.source is not source:  # from here on the rows are read by another tokenizer
+            reading = job.read_by(candidate.source)
+            context = replace(
+                context,
+                calibration=reading.calibration,
+                example=reading.evaluation[0].inputs,
+                training=partial(getattr, reading, "training"),
+            )
         model = step.after(model)
     return candidate, decisions
 
@@ -106,9 +129,10 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
 def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:
     """Return inputs of a few held-out batches with the in-memory candidate's and the original's outputs on them."""
     output = job.task.output
-    batches = spread(job.evaluation, NUM_CHECKED_BATCHES if job.budget is None else NUM_STREAMED_BATCHES)
     arrays: dict[str, NDArray[Any]] = {}
-    for kind, model in (("decided", candidate), ("original", job.candidate())):
+    for kind, model in (("original", job.candidate()), ("decided", candidate)):  # the inputs kept are the second's
+        reading = job.read_by(model.source)
+        batches = spread(reading.evaluation, NUM_CHECKED_BATCHES if job.budget is None else NUM_STREAMED_BATCHES)
         with job.progress.stage(f"outputs to compare with: {kind}", len(batches)) as advance:
             for index, (batch, found) in enumerate(
                 zip(batches, job.computed(model, [batch.inputs for batch in batches]), strict=True)
@@ -130,6 +154,16 @@ def _decision_json(decision: Decision) -> dict[str, Any]:
         "cache": str(decision.cache) if decision.cache else "",
         "cut": str(decision.cut) if decision.cut else "",
     }
+
+
+def as_served(job: Job, artifact: Path) -> Job:
+    """Return the job with its rows as the artifact's own tokenizer reads them, where that is not the original's."""
+    ours = artifact / TOKENIZER
+    if TOKENIZER not in job.source.beside.names or not ours.exists():
+        return job
+    if ours.read_bytes() == job.source.beside.read(TOKENIZER):
+        return job
+    return job.read_by(Source.companions(artifact, trust_remote_code=job.source.trust_remote_code))
 
 
 def check_artifact(
@@ -159,9 +193,10 @@ def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
     """Return the artifact's scores on the held-out rows, with divergence and agreement to the original."""
 
     def build(step: Path) -> dict[str, Any]:
+        batches = as_served(job, folder / "artifact").evaluation
         with job.serve(folder / "artifact") as served:
             run_all = reported(served.run_all, job.progress, "scoring the artifact")
-            evaluation = job.task.evaluate(run_all, job.evaluation, original)
+            evaluation = job.task.evaluate(run_all, batches, original)
         # what the artifact kept is only needed of the original: scores are small, log-probabilities are not
         save_evaluation(Evaluation(evaluation.scores, {}, evaluation.divergence, evaluation.agreement), step / NAME)
         return {}
@@ -178,9 +213,10 @@ def time_artifact(job: Job, folder: Path) -> dict[str, Any]:
 
     def build(_: Path) -> dict[str, Any]:
         runtime, original = original_folder(job)
+        request = as_served(job, folder / "artifact").latency_inputs
         with job.serve(folder / "artifact") as served, job.serve(original, runtime) as baseline:
             with job.progress.stage("timing in turns with the original", None):
-                pair = time_in_turns(served, baseline, job.latency_inputs, job.latency_inputs)
+                pair = time_in_turns(served, baseline, request, job.latency_inputs)
             memory = served.peak_memory()
         assert pair.b is not None
         ratios = {s: pair.ratio_of(s) for s in ("p50", "p95", "p99", "mean")}

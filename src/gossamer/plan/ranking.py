@@ -19,6 +19,7 @@ from gossamer.techniques.base import resolved
 USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
 MEASURED_KIND_MISS = 0.04  # of latency and throughput, once the same arithmetic was measured in this run
 LIKELY, HOPELESS = 1.0, -2.5
+COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,16 @@ def original_values(original: Original) -> Mapping[str, float]:
         "params": original.num_parameters,
         "flops": 2 * original.macs,
     }
+
+
+def upper_bounds(goal: Goal, original: Original) -> dict[str, float]:
+    """Return the tightest of a goal's bounds on what can be counted, by quantity, as shares of the original's."""
+    values, found = original_values(original), dict[str, float]()
+    for part in goal.constraints:
+        if part.quantity in COUNTED:
+            share = part.bound if part.relative else part.bound / values[part.quantity]
+            found[part.quantity] = min(share, found.get(part.quantity, share))
+    return found
 
 
 def _without_time(goal: Goal) -> Goal | None:

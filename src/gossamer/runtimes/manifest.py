@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from gossamer.models.source import Source
 MANIFEST = "gossamer.json"
 CARD = "README.md"
 NOT_SHIPPED = {MANIFEST, CARD, ".gitattributes"}
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx", ".index.json")
 
 
 class Manifest(BaseModel):
@@ -84,11 +82,9 @@ def copy_companions(source: Source, folder: Path) -> None:
     """Copy what turns text or images into inputs (tokenizer, processor, config) where the runtime did not write it."""
     if source.path is None:
         return
-    for path in source.shipped_files():
-        target = folder / path.relative_to(source.path)
-        if not path.name.endswith(WEIGHT_SUFFIXES) and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    for name in source.beside.names:
+        if not (folder / name).exists():
+            (folder / name).write_bytes(source.beside.read(name))
 
 
 def _sha256(path: Path) -> str:

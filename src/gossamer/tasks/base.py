@@ -105,6 +105,7 @@ class Task(ABC):
     instead: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {}  # role -> groups of roles that may stand in for it
     leaves_out_empty: ClassVar[bool] = False  # True: a row that says nothing is no mistake, and is not used
     made_up_words: ClassVar[int] = 400  # of a row that stands in where there is no data
+    tokens_fixed: ClassVar[str] = "it reads no text"  # why its models cannot be given other tokens; empty: they can
     profile_samples: ClassVar[int] = 128  # calibration inputs that tell what a step does to quality
     input_axes: ClassVar[dict[str, dict[int, str]]]  # input -> {axis: name} of axes that may vary; what exporters need
 

@@ -86,6 +86,7 @@ class CausalLM(Task):
     optional_columns: ClassVar[frozenset[str]] = frozenset({"messages", "prompt", "completion"})
     instead: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {"text": (("messages",), ("prompt", "completion"))}
     leaves_out_empty: ClassVar[bool] = True
+    tokens_fixed: ClassVar[str] = "its score is a sum over tokens, and two models that cut a text otherwise have others"
     profile_samples: ClassVar[int] = 24  # each scores hundreds of tokens
     input_axes: ClassVar[dict[str, dict[int, str]]] = {"input_ids": _AXES, "attention_mask": _AXES}
 

@@ -116,6 +116,7 @@ class SpeechRecognition(Task):
         "audio": ("sound", "speech", "recording", "clip", "wav", "file_name", "filename", "file", "path"),
         "text": ("transcript", "transcription", "sentence", "words", "label"),
     }
+    tokens_fixed: ClassVar[str] = "its transcripts are written in tokens, which are scored one by one"
     made_up_words: ClassVar[int] = 9
     profile_samples: ClassVar[int] = 16
     input_axes: ClassVar[dict[str, dict[int, str]]] = {

@@ -45,6 +45,7 @@ class TextClassification(Classification):
         "label": LABEL_NAMES,
     }  # fmt: skip
     optional_columns: ClassVar[frozenset[str]] = frozenset({"text_pair"})
+    tokens_fixed: ClassVar[str] = ""
     input_axes: ClassVar[dict[str, dict[int, str]]] = dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids"), _AXES
     )

@@ -93,8 +93,9 @@ class Context:
 class SearchSpace:
     """Hold what `candidates` may look at: the model's map, the runtime that will serve it, the task.
 
-    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`), `training_rows`
-    how many rows there are to learn from.
+    `wanted` are the quantities that the goal bounds or asks the most or least of (`latency`, `size`); `bounds` what of
+    the original's may be left of those that it bounds from above;
+    `training_rows` how many rows there are to learn from.
     """
 
     model: ModelMap
@@ -102,6 +103,7 @@ class SearchSpace:
     task: Task
     calibration_rows: int
     wanted: frozenset[str] = frozenset()
+    bounds: Mapping[str, float] = field(default_factory=dict)
     training_rows: int = 0
 
 

@@ -45,7 +45,7 @@ class Distill(Technique):
     needs: ClassVar[Needs] = Needs(
         training=True,
         gradients=True,
-        after=("prune", "sparsify"),
+        after=("vocabulary", "prune", "sparsify", "low_rank"),
         before=(
             "rotate", "smooth", "awq", "quantize", "gptq", "learned_rounding", "tune_scales", "kv_cache", "cast",
         ),
@@ -119,7 +119,7 @@ class Distill(Technique):
 
         source, task = candidate.source, context.task
         rows = self._rows(context)
-        student_blocks, teacher = blocks_of(candidate.module), source.module(task).requires_grad_(False)
+        student_blocks, teacher = blocks_of(candidate.module), source.original(task).requires_grad_(False)
         pairs = paired(student_blocks, blocks_of(teacher))
         lesson = Lesson(
             student=candidate.module,

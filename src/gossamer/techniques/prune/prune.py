@@ -86,6 +86,13 @@ class Prune(BlockTechnique):
     refit: bool = Field(True, description="let the weights that stay, and biases, make up for what goes")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
 
+    @field_validator("what")
+    @classmethod
+    def _cuts_units(cls, value: Cuttable) -> Cuttable:
+        if value == "vocabulary":
+            raise ValueError("tokens go by a step of their own: write `- vocabulary: {to: 25%}`")
+        return value
+
     @field_validator("to", mode="before")
     @classmethod
     def _read_share(cls, value: Any) -> Any:

@@ -145,7 +145,7 @@ class Tuning:
         return cls(
             settings=settings,
             network=candidate.module,
-            original=source.module(context.task).requires_grad_(False),
+            original=source.original(context.task).requires_grad_(False),
             forward=lambda module, inputs: source.forward(module, inputs, output),
             learned=[sample for index, sample in enumerate(samples) if index % HELD_BACK != HELD_BACK - 1],
             judged=samples[HELD_BACK - 1 :: HELD_BACK],
