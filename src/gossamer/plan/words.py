@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gossamer.data.columns import is_token_ids
 from gossamer.models.words import Words
+from gossamer.plan.calibration import apart
 from gossamer.run.progress import Progress
 from gossamer.tasks.base import Row
 
