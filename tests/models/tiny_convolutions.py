@@ -82,7 +82,7 @@ class Flattened(nn.Module):
 class Grouped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.three = conv(3, 8), conv(8, 12, groups=4), conv(12, 6, groups=2)
+        self.one, self.two, self.three = conv(3, 8), conv(8, 20, groups=4), conv(20, 6, groups=2)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.norm, self.two, self.three = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), conv(8, 8), conv(8, 8)
-        self.four, self.head, self.lift = conv(8, 6), nn.Linear(6, 5), nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.four, self.head, self.lift = nn.Conv2d(8, 6, 3), nn.Linear(6, 5), nn.ConvTranspose2d(8, 8, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.two(self.norm(self.one(x)))
@@ -131,9 +131,9 @@ NETWORKS: dict[Callable[[], nn.Module], dict[str, int]] = {  # -> its dimensions
     Separable: {"stem.0": 6, "expand.0": 12, "squeeze": 4},
     Joined: {"first.0": 8, "second.0": 10, "up.0": 8, "left.0": 4, "right.0": 6},
     Flattened: {"one.0": 8, "two.0": 6, "hidden": 10},
-    Grouped: {"one.0": 2, "two.0": 3, "three.0": 3},
+    Grouped: {"one.0": 2, "two.0": 5, "three.0": 3},
     Signal: {"one": 8, "two": 6},
-    Mixed: {"four.0": 6},
+    Mixed: {"four": 6},
 }
 
 
