@@ -33,6 +33,7 @@ from gossamer.techniques.blockwise import Block, BlockTechnique, observe
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
 from gossamer.techniques.prune.readers import (
+    joint_scores,
     known_beforehand,
     merged,
     readers_of,
@@ -41,7 +42,7 @@ from gossamer.techniques.prune.readers import (
     units_of,
     used_units,
 )
-from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
+from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores
 from gossamer.techniques.quantize.moments import has_moments
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
@@ -311,9 +312,8 @@ class Prune(BlockTechnique):
         _check_reached(modules, seen)
         if self._by == "activation":
             return found_blind | {name: activation_scores(seen[name].mean_abs_I, units[name]) for name in modules}
-        return found_blind | {
-            name: obs_scores(rows[name], seen[name].second_II, units[name], damping=self.damping) for name in modules
-        }
+        seconds = {name: seen[name].second_II for name in modules}
+        return found_blind | joint_scores(sizes, rows, seconds, readers_of(sizes, layers), self.damping)
 
     def _samples(self, context: Context) -> list[dict[str, Tensor]]:
         count = min(self.samples, len(context.calibration))

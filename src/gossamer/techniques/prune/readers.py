@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.models.roles import Dimension, LayerInfo, Member
+from gossamer.techniques.prune.units import joint_obs_order
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,38 @@ def scores_of(one: Dimension, scores_U: Tensor, member: Member, reader: Reader) 
     if reader.whole:
         return scores_U
     return scores_U[member.offset : member.offset + one.size * member.unit].view(-1, member.unit).sum(1)
+
+
+def joint_scores(
+    sizes: Mapping[Dimension, int],
+    rows: Mapping[str, Tensor],
+    seconds: Mapping[str, Tensor],
+    readers: Mapping[str, Reader],
+    damping: float,
+) -> dict[str, Tensor]:
+    """Return scores by weight that order units as `obs` takes them from all weights that read them, [U].
+
+    `rows` are weights [O, I], `seconds` the second moments of their inputs, where they are known; the first weight of a
+    dimension that has them holds its units' scores.
+    """
+    found: dict[str, Tensor] = {}
+    for one, size in sizes.items():
+        read = [member for member in reading(one) if member.parameter in seconds]
+        if not read:
+            continue
+        parts = []
+        for member in read:
+            width = member.unit * member.width
+            columns_Ub = member.offset * member.width + torch.arange(one.size * width).view(-1, width)
+            parts.append((rows[member.parameter], seconds[member.parameter], columns_Ub))
+        order = joint_obs_order(parts, one.size - size, damping)
+        first, reader = read[0], readers[read[0].parameter]
+        scores_U = found.setdefault(first.parameter, torch.zeros(rows[first.parameter].shape[1] // reader.unit))
+        ranks_U = torch.full((one.size,), float(one.size))
+        ranks_U[order] = torch.arange(float(len(order)))
+        at = torch.tensor([units_of(one, [unit], first, reader)[0] for unit in range(one.size)])
+        scores_U[at] = ranks_U
+    return found
 
 
 def used_units(one: Dimension, values: Mapping[str, Tensor]) -> Tensor:
