@@ -75,6 +75,7 @@ PACKAGES = (
     Package("gguf", "gguf", "writes GGUF files; runtime `gguf`"),
     Package("llama-cpp-python", "gguf", "opens GGUF files; runtime `gguf`"),
     Package("soundfile", "speech", "reads recordings; task `speech-recognition`"),
+    Package("torch-pruning", "torch-pruning", "cuts channels of convolutions (`prune`)"),
     Package("rapidfuzz", "speech", "counts wrong words; task `speech-recognition`"),
 )
 

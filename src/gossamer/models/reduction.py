@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
+from gossamer.models.channel_config import channel_change
 from gossamer.models.dimensions import cut_shapes
-from gossamer.models.roles import Dimension, LayerInfo, ModelMap
+from gossamer.models.resized import buffers_left, put_buffers, tell_channels
+from gossamer.models.roles import Dimension, LayerInfo, Member, ModelMap
 from gossamer.models.stock import Change, Stock, build_empty, changed_config, shapes_of
 from gossamer.models.width import head_sizes
 
@@ -100,13 +102,14 @@ def reduced(candidate: Candidate, kept: Kept) -> Candidate:
             "give it enough --memory to be opened whole",
         )
     if change is None:
-        _shrink_in_place(candidate.module, kept, pieces)
+        shrink_in_place(candidate.module, kept)
         return replace(candidate, stock=False)
     assert isinstance(candidate.module, PreTrainedModel)
     module = build_empty(candidate.module, changed_config(candidate.module.config, change))
     if candidate.module.can_generate():
         module.generation_config = candidate.module.generation_config
     _copy_buffers(candidate.module, module)
+    put_buffers(module, buffers_left(candidate.module, kept))
 
     def value(name: str) -> Tensor:
         return pieces[name].of(candidate.values(pieces[name].parameter))
@@ -124,6 +127,8 @@ def said_by_config(module: nn.Module, kept: Kept) -> Change | None:
         return None
     shapes = shapes_of(module)
     wanted = {name: piece_shape(shapes[piece.parameter], piece) for name, piece in slices(shapes, kept).items()}
+    if any(one.kind == "channels" for one in kept):
+        return channel_change(module, wanted, {one: len(units) for one, units in kept.items()})
     numbers: dict[int, int] = {}
     pinned: int | None = None
     for dimension, units in kept.items():
@@ -165,9 +170,10 @@ def _copy_buffers(before: nn.Module, after: nn.Module) -> None:
                 buffer.copy_(old[name])
 
 
-def _shrink_in_place(module: nn.Module, kept: Kept, pieces: Mapping[str, Slice]) -> None:
+def shrink_in_place(module: nn.Module, kept: Kept) -> None:
     """Take units out of a module that no config describes afterwards."""
-    cut = {piece.parameter: piece for piece in pieces.values() if piece.kept}
+    cut = {piece.parameter: piece for piece in slices(shapes_of(module), kept).values() if piece.kept}
+    put_buffers(module, buffers_left(module, kept))
     tied: dict[int, nn.Parameter] = {}
     for prefix, part in list(module.named_modules()):
         for local, before in list(part._parameters.items()):
@@ -178,6 +184,7 @@ def _shrink_in_place(module: nn.Module, kept: Kept, pieces: Mapping[str, Slice])
                 part._parameters[local] = tied[id(before)]
                 if local == "weight":
                     _tell_sizes(part, before, tied[id(before)])
+    tell_channels(module, [one for one in kept if one.kind == "channels"])
     for dimension, units in kept.items():
         if dimension.kind == "heads":
             _tell_heads(module, dimension, len(units))
@@ -229,7 +236,7 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
 
     stored = {f"{layer.name}.weight": layer.shape[::-1] if layer.transposed else layer.shape for layer in model.layers}
     after = cut_shapes(stored, {one: size for one, size in sizes.items() if one.kind != "layers"}, missing=True)
-    biases = {name: removed for name, removed in _lost_biases(sizes).items() if name not in stored}
+    others = {name: removed for name, removed in _lost_values(sizes).items() if name not in stored}
     narrower = {
         member.parameter.rpartition(".")[0]: (one.size, size)
         for one, size in sizes.items()
@@ -240,7 +247,7 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
     layers = tuple(
         _narrower_tokens(layer, *narrower[layer.name])
         if layer.name in narrower
-        else _smaller_layer(layer, after, biases)
+        else _smaller_layer(layer, after, others)
         for layer in model.layers
         if stays(layer)
     )
@@ -264,11 +271,11 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
         num_parameters=model.num_parameters - lost,
         num_bytes=round((model.num_parameters - lost) * bytes_each),
         macs=sum(layer.macs for layer in layers) + round(attended * share),
-        dimensions=tuple(_smaller_dimension(one, sizes.get(one, one.size)) for one in model.dimensions if stays(one)),
+        dimensions=tuple(_smaller_dimension(one, sizes, depth) for one in model.dimensions if stays(one)),
     )
 
 
-def _lost_biases(sizes: Mapping[Dimension, int]) -> dict[str, int]:
+def _lost_values(sizes: Mapping[Dimension, int]) -> dict[str, int]:
     """Return how many values every parameter other than a weight loses."""
     lost: dict[str, int] = {}
     for dimension, size in sizes.items():
@@ -278,13 +285,15 @@ def _lost_biases(sizes: Mapping[Dimension, int]) -> dict[str, int]:
     return lost
 
 
-def _smaller_layer(layer: LayerInfo, after: Mapping[str, tuple[int, ...]], biases: Mapping[str, int]) -> LayerInfo:
+def _smaller_layer(layer: LayerInfo, after: Mapping[str, tuple[int, ...]], others: Mapping[str, int]) -> LayerInfo:
     now = after[f"{layer.name}.weight"]
     shape = now[::-1] if layer.transposed else now
     before, left = prod(layer.shape), prod(shape)
-    lost = before - left + biases.get(f"{layer.name}.bias", 0)
+    lost = before - left + sum(count for name, count in others.items() if name.rpartition(".")[0] == layer.name)
     count = layer.num_parameters - lost if layer.tied_to is None else layer.num_parameters
-    return replace(layer, shape=shape, num_parameters=count, macs=round(layer.macs * left / max(1, before)))
+    groups = shape[0] if 1 < layer.groups == layer.shape[0] else layer.groups  # one channel in each
+    macs = round(layer.macs * left / max(1, before))
+    return replace(layer, shape=shape, num_parameters=count, macs=macs, groups=groups)
 
 
 def _narrower_tokens(layer: LayerInfo, before: int, size: int) -> LayerInfo:
@@ -306,6 +315,31 @@ def _attention_left(model: ModelMap, sizes: Mapping[Dimension, int], depth: Mapp
     return (1 - cut) * left / blocks if blocks else 1 - cut
 
 
-def _smaller_dimension(dimension: Dimension, size: int) -> Dimension:
-    members = tuple(replace(member, offset=member.offset * size // dimension.size) for member in dimension.members)
-    return replace(dimension, size=size, members=members)
+def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], depth: Mapping[str, int]) -> Dimension:
+    """Return a dimension after cuts: members move up by what goes in front of them, or go with their block."""
+
+    def moved(member: Member) -> Member:
+        removed = sum(
+            (one.size - size) * other.unit
+            for one, size in sizes.items()
+            for other in (*one.members, *one.buffers)
+            if (other.parameter, other.axis) == (member.parameter, member.axis) and other.offset < member.offset
+        )
+        return replace(member, offset=member.offset - removed)
+
+    return replace(
+        dimension,
+        size=sizes.get(dimension, dimension.size),
+        members=tuple(moved(one) for one in dimension.members if not _goes(one.parameter, depth)),
+        readers=tuple(reader for reader in dimension.readers if not _goes(reader, depth)),
+        buffers=tuple(moved(one) for one in dimension.buffers if not _goes(one.parameter, depth)),
+    )
+
+
+def _goes(parameter: str, depth: Mapping[str, int]) -> bool:
+    """Say whether a parameter lies in a block of a stack that has fewer of them afterwards."""
+    for stack, left in depth.items():
+        index = parameter.removeprefix(f"{stack}.").partition(".")[0]
+        if parameter.startswith(f"{stack}.") and index.isdigit():
+            return int(index) >= left
+    return False

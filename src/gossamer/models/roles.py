@@ -57,6 +57,7 @@ class LayerInfo:
     macs: int = 0
     experts: str | None = None
     path: str = "layer"  # for several stacks of like blocks: the name relative to its block
+    groups: int = 1  # of a convolution: each reads its own part of the channels
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,22 @@ class Experts:
     gated_by_silu: bool = False
 
 
-Cuttable = Literal["ffn", "heads", "layers", "width", "vocabulary"]
-CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width", "vocabulary")
+Cuttable = Literal["ffn", "heads", "layers", "width", "vocabulary", "channels"]
+CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width", "vocabulary", "channels")
 
 
 @dataclass(frozen=True)
 class Member:
-    """Name an axis of a parameter that a dimension runs along: unit i has the `unit` indices from offset + i * unit."""
+    """Name an axis of a parameter that a dimension runs along: unit i has the `unit` indices from offset + i * unit.
+
+    `width` is how many values of a row one index of the axis has: those of the window, for a convolution that reads.
+    """
 
     parameter: str
     axis: int
     unit: int = 1
     offset: int = 0
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Dimension:
     hold the size, one for all dimensions of that kind that name them; empty where no config can say another size, so
     that only a runtime that holds a graph can hold it; None where there is no config. `sizes` are those that the config
     accepts (None: any). Blocks of a stack have no members: whole names go. `held` are units that cannot go (a block
-    that holds what others read).
+    that holds what others read). `buffers` are axes of buffers that it runs along (what a norm has seen).
     """
 
     kind: Cuttable | Literal["rank"]
@@ -121,6 +126,7 @@ class Dimension:
     attributes: tuple[str, ...] | None = None
     sizes: tuple[int, ...] | None = None
     held: tuple[int, ...] = ()
+    buffers: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)

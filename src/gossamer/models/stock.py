@@ -57,10 +57,10 @@ def changed_config(config: PretrainedConfig, change: Change) -> PretrainedConfig
     """Return the config with the change made; its own class checks it. Raises what that raises, ValueError mostly."""
     values = config.to_dict()
     for path, value in change.numbers.items():
-        inside = values
+        inside: Any = values
         for name in path[:-1]:
-            inside = inside[name]
-        inside[path[-1]] = value
+            inside = inside[int(name) if isinstance(inside, list) else name]
+        inside[int(path[-1]) if isinstance(inside, list) else path[-1]] = value
     if change.kept_blocks:
         _shorten(values, change.kept_blocks)
     for name in ("id2label", "label2id"):  # they decide the number of labels, which is not given twice

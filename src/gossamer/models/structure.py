@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gossamer.errors import ModelError
 from gossamer.models import dataflow, purpose
 from gossamer.models.blocks import block_of, find_stacks
+from gossamer.models.channels import find_channels
 from gossamer.models.dimensions import find_dimensions
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import find_experts, layouts
@@ -59,9 +60,11 @@ def map_model(
     notes.extend(purpose.remarks(layers, flow))
     dimensions, unknown = find_dimensions(module, layers, stacks, flow)
     notes.extend(unknown)
-    request = example if example is not None else made_up_example(module)
-    if flow is not None and request is not None:
-        widths, unclear = find_widths(module, layers, request, forward)
+    given = example if example is not None else made_up_example(module)
+    channels, unknown = find_channels(module, layers, flow, given, forward, dimensions)
+    notes.extend(unknown)
+    if flow is not None and given is not None:
+        widths, unclear = find_widths(module, layers, given, forward)
         dimensions += widths
         notes.extend(unclear)
     tensors = _distinct([*module.parameters()])
@@ -73,7 +76,7 @@ def map_model(
         macs=sum(macs.values()) + (flow.other_macs if flow is not None else 0),
         notes=tuple(notes),
         experts=experts,
-        dimensions=dimensions,
+        dimensions=(*dimensions, *channels),
     )
 
 
@@ -177,7 +180,18 @@ def _without_roles(
         holder = next((holder for holder in holders if name.startswith(f"{holder}.")), None)
         layers.append(
             LayerInfo(
-                name, leaf.kind, role, shape, count, leaf.transposed, stack, block, tied_to, experts=holder, path=path
+                name,
+                leaf.kind,
+                role,
+                shape,
+                count,
+                leaf.transposed,
+                stack,
+                block,
+                tied_to,
+                experts=holder,
+                path=path,
+                groups=int(getattr(leaf.module, "groups", 1)),
             )
         )
     return layers

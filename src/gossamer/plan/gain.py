@@ -41,7 +41,8 @@ def gain_of_twice(job: Job, steps: Sequence[Technique]) -> float | None:
 
     None where no step is fitted to rows block by block, or there are too few rows to tell.
     """
-    step = next((step for step in steps if isinstance(step, BlockTechnique)), None)
+    fitted = (step for step in steps if isinstance(step, BlockTechnique))
+    step = next((step for step in fitted if all(one.cut is None for one in step.resolve(job.model))), None)
     if step is None or len(job.calibration) < LEAST_ROWS or not job.model.stacks:
         return None
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.models.candidate import Candidate
-from gossamer.models.roles import ModelMap
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.models.source import Source
 from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
 from gossamer.plan.proof import apply_steps, tokens_print
@@ -101,13 +101,18 @@ def layer_formats(
             formats[layer.name] = LayerFormat(
                 kind=layer.kind,
                 shape=layer.shape,
-                input_shape=(*shapes[layer.name][:-1], layer.shape[1])
-                if layer.kind == "linear"
-                else shapes[layer.name],
+                input_shape=_input_shape(layer, shapes[layer.name]),
                 weight=str(decision.weight) if decision else "float32",
                 activation=str(decision.activation) if decision and decision.activation else "",
             )
     return formats
+
+
+def _input_shape(layer: LayerInfo, seen: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a layer's input, which was seen before anything was cut."""
+    if layer.kind == "linear":
+        return (*seen[:-1], layer.shape[1])
+    return (seen[0], layer.shape[1] * layer.groups, *seen[2:])
 
 
 def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) -> Profile:

@@ -12,6 +12,7 @@ from gossamer.errors import TechniqueError
 from gossamer.techniques.prune.units import (
     activation_scores,
     fisher_scores,
+    joint_obs_order,
     made_up_for,
     magnitude_scores,
     obs_order,
@@ -78,6 +79,28 @@ def test_the_first_unit_to_go_is_the_one_whose_loss_is_least(unit: int) -> None:
     assert left(pair) <= 1.5 * best  # greedy, but with what is left judged anew
     by_size = magnitude_scores(weight_OI, unit).argsort()[:2].tolist()
     assert left(pair) <= left(by_size)
+
+
+def test_units_that_two_weights_read_go_by_the_losses_of_both() -> None:
+    draw = torch.Generator().manual_seed(4)
+    weights = [torch.randn(5, 12, generator=draw), 100 * torch.randn(7, 14, generator=draw)]
+    seconds = [case(inputs=12)[2], case(inputs=14)[2]]
+    columns = [torch.arange(12).view(4, 3), torch.arange(14)[2:].view(4, 3)]  # the second reads two others besides
+
+    def lost(number: int) -> float:
+        losses = []
+        for weight_OI, second_II, at in zip(weights, seconds, columns, strict=True):
+            stays_I = torch.ones(len(second_II), dtype=torch.bool)
+            stays_I[at[number]] = False
+            fitted_OI = made_up_for(weight_OI, second_II, stays_I, damping=TINY)
+            losses.append(
+                output_error(weight_OI, fitted_OI, second_II)
+                / output_error(weight_OI, torch.zeros_like(weight_OI), second_II)
+            )
+        return sum(losses)
+
+    (first,) = joint_obs_order(list(zip(weights, seconds, columns, strict=True)), 1, TINY)
+    assert first == min(range(4), key=lost)
 
 
 def test_of_two_units_that_do_the_same_only_one_goes() -> None:

@@ -7,6 +7,7 @@ what the blocks before have become. A bias takes the mean error of its outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ class _Masking(BlockTechnique):
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return one decision for each weight that reads a dimension."""
         layers = {f"{layer.name}.weight": layer for layer in model.layers}
-        return [Decision(parameter=reader, layer=layers[reader]) for reader in self.readers]
+        return [Decision(parameter=name, layer=layer) for name, layer in layers.items() if name in self.readers]
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
@@ -50,7 +51,15 @@ class _Masking(BlockTechnique):
         return True
 
     def solve(self, block: Block) -> None:
-        """Take units out of each weight that reads them; one that no sample reaches loses them by magnitude."""
+        """Take units out of each weight that reads them; one that no sample reaches loses them by magnitude.
+
+        Layers outside of blocks are solved in order, from what those before have become.
+        """
+        if not block.calls and len(block.inside) > 1 and block.team.size == 1:
+            for parameter, decision in block.decisions.items():
+                alone = {parameter: decision}
+                self.solve(replace(block, decisions=alone, inside=alone))
+            return
         moments = block.moments()
         for parameter, decision in block.decisions.items():
             seen, transposed = moments.pop(parameter, None), decision.layer.transposed

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
+from gossamer.models.purpose import named
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
@@ -32,10 +33,21 @@ from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Tech
 from gossamer.techniques.blockwise import Block, BlockTechnique, observe
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
+from gossamer.techniques.prune.readers import (
+    joint_scores,
+    known_beforehand,
+    merged,
+    readers_of,
+    reading,
+    scores_of,
+    units_of,
+    used_units,
+)
 from gossamer.techniques.prune.taylor import taylor_scores
-from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores, obs_scores
+from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores
 from gossamer.techniques.prune.width import narrowed, scale_last_norm
 from gossamer.techniques.prune.width_fit import fit_narrower
+from gossamer.techniques.quantize.moments import has_moments
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
@@ -46,6 +58,7 @@ PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "ffn": ("75%", "62%", "50%", "25%"),
     "heads": ("75%", "67%", "50%"),
     "layers": ("83%", "67%", "50%"),
+    "channels": ("75%", "62%", "50%"),
 }
 By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
 
@@ -67,8 +80,8 @@ class Prune(BlockTechnique):
     )  # fmt: skip
 
     what: Cuttable = Field(
-        description="ffn (channels of feed-forward networks), heads (of attentions), layers, or width (of the residual "
-        "stream)"
+        description="ffn (channels of feed-forward networks), heads, channels (of convolutions), layers, or width (of "
+        "the residual stream)"
     )
     to: str | float | None = Field(None, description="what stays, of each: a share (50%) or a number of units")
     remove: int | tuple[int, ...] | None = Field(
@@ -143,7 +156,7 @@ class Prune(BlockTechnique):
 
         def alike(one: Dimension) -> bool:
             shared = [each for each in model.dimensions if each.attributes == one.attributes and each.kind == one.kind]
-            return all(sizes.get(each) == sizes[one] for each in shared)
+            return all(sizes.get(each, 0) * one.size == sizes[one] * each.size for each in shared)
 
         return [Cut(one, size, alike(one)) for one, size in sizes.items()]
 
@@ -200,7 +213,7 @@ class Prune(BlockTechnique):
             if self.what == "width":  # the model as it was, and what passes both
                 samples = 4 * model.num_parameters + 4 * samples
             return Technique.working_bytes(self, model, num_samples, sample_bytes) + samples
-        return self._masking(self.sizes(model), {}).working_bytes(model, num_samples, sample_bytes)
+        return self._masking(model, self.sizes(model), {}).working_bytes(model, num_samples, sample_bytes)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return a smaller candidate."""
@@ -268,22 +281,25 @@ class Prune(BlockTechnique):
         if self.rows_needed():
             from gossamer.techniques.sweep import Sweep  # a sweep is made of what stands in blockwise.py
 
-            masking = self._masking(sizes, chosen)
+            masking = self._masking(model, sizes, chosen)
             Sweep(masking, candidate, model, context, masking.resolve(model)).run()
             return candidate
         layers = {f"{layer.name}.weight": layer for layer in model.layers}
-        for reader, (unit, _) in _readers(sizes).items():
+        for reader, seen in readers_of(sizes, layers).items():
             weight, transposed = candidate.values(reader), layers[reader].transposed
             rows_OI = rows_of(weight, transposed).clone()
-            rows_OI.view(len(rows_OI), -1, unit)[:, list(chosen[reader])] = 0.0
+            rows_OI.view(len(rows_OI), -1, seen.unit)[:, list(chosen[reader])] = 0.0
             after = (rows_OI.t() if transposed else rows_OI).reshape(weight.shape).contiguous()
             candidate.put_weight(reader, partial(_itself, after))
         return candidate
 
-    def _masking(self, sizes: Mapping[Dimension, int], chosen: Mapping[str, tuple[int, ...]]) -> _Masking:
+    def _masking(
+        self, model: ModelMap, sizes: Mapping[Dimension, int], chosen: Mapping[str, tuple[int, ...]]
+    ) -> _Masking:
+        readers = readers_of(sizes, {f"{layer.name}.weight": layer for layer in model.layers})
         return _Masking(
             step=self.entry(),
-            readers=_readers(sizes),
+            readers={name: (reader.unit, reader.count) for name, reader in readers.items()},
             chosen=dict(chosen),
             refit=self.refit,
             damping=self.damping,
@@ -295,15 +311,17 @@ class Prune(BlockTechnique):
         self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
     ) -> dict[str, tuple[int, ...]]:
         """Return what is known before the sweep: everything but what `obs` finds in each block by itself."""
-        wanted = {one: size for one, size in sizes.items() if self._by != "obs" or len(one.readers) > 1}
+        readers = readers_of(sizes, {f"{layer.name}.weight": layer for layer in model.layers})
+        wanted = {one: size for one, size in sizes.items() if self._by != "obs" or known_beforehand(one, readers)}
         if not wanted:
             return {}
         totals = self._totals(candidate, model, wanted, context)
-        found: dict[str, tuple[int, ...]] = {}
+        found: list[tuple[str, list[int]]] = []
         for one, size in wanted.items():
             gone = torch.argsort(totals[one], stable=True)[: one.size - size].tolist()
-            found |= dict.fromkeys(one.readers, tuple(sorted(gone)))
-        return found
+            read = [(member, readers[member.parameter]) for member in reading(one)]
+            found += [(member.parameter, units_of(one, gone, member, reader)) for member, reader in read]
+        return merged(found)
 
     def _totals(
         self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
@@ -311,9 +329,14 @@ class Prune(BlockTechnique):
         """Return the score of every unit, [U], by dimension, over all that read it."""
         if self._by == "taylor":
             return taylor_scores(candidate, sizes, self._batches(context), context)
+        readers = readers_of(sizes, {f"{layer.name}.weight": layer for layer in model.layers})
         scores = self._scores(candidate, model, sizes, context)
-        found = {one: torch.stack([scores[reader] for reader in one.readers]).sum(0) for one in sizes}
-        for one, total_U in found.items():
+        found: dict[Dimension, Tensor] = {}
+        for one in sizes:
+            read = [(member, readers[member.parameter]) for member in reading(one)]
+            total_U = found[one] = torch.stack(
+                [scores_of(one, scores[m.parameter], m, reader) for m, reader in read if m.parameter in scores]
+            ).sum(0)
             if not bool(torch.isfinite(total_U).all()):
                 raise TechniqueError(
                     f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
@@ -325,29 +348,32 @@ class Prune(BlockTechnique):
     ) -> dict[str, Tensor]:
         """Return the score of every unit, [U], by the weight that reads it, from passes through the whole model."""
         layers = {f"{layer.name}.weight": layer for layer in model.layers}
-        units = {reader: unit for reader, (unit, _) in _readers(sizes).items()}
+        units = {name: reader.unit for name, reader in readers_of(sizes, layers).items()}
         rows = {name: rows_of(candidate.values(name).float(), layers[name].transposed) for name in units}
         if self._by == "magnitude":
             return {name: magnitude_scores(rows[name], unit) for name, unit in units.items()}
         modules = {name: candidate.module.get_submodule(layers[name].name) for name in units}
+        modules = {name: layer for name, layer in modules.items() if has_moments(layer)}
+        blind = [name for one in sizes if not modules.keys() & set(one.readers) for name in one.readers]
+        if blind:
+            context.progress.say(f"{self.name}: chosen by magnitude, as second moments do not describe {named(blind)}")
+        found_blind = {name: magnitude_scores(rows[name], units[name]) for name in blind}
         samples, forward = self._samples(context), _forward(candidate, context)
         if self._by == "fisher":
             found = sensitivities(candidate.module, forward, samples, modules, seed=context.seed)
-            _check_reached(units, found)
-            return {
-                name: fisher_scores(rows[name], found[name].moments.second_II, found[name].fisher_O, unit)
-                for name, unit in units.items()
+            _check_reached(modules, found)
+            return found_blind | {
+                name: fisher_scores(rows[name], found[name].moments.second_II, found[name].fisher_O, units[name])
+                for name in modules
             }
         with torch.no_grad():
             runs = [partial(forward, candidate.module, sample) for sample in samples]
             seen = observe(modules, runs)
-        _check_reached(units, seen)
+        _check_reached(modules, seen)
         if self._by == "activation":
-            return {name: activation_scores(seen[name].mean_abs_I, unit) for name, unit in units.items()}
-        return {
-            name: obs_scores(rows[name], seen[name].second_II, unit, damping=self.damping)
-            for name, unit in units.items()
-        }
+            return found_blind | {name: activation_scores(seen[name].mean_abs_I, units[name]) for name in modules}
+        seconds = {name: seen[name].second_II for name in modules}
+        return found_blind | joint_scores(sizes, rows, seconds, readers_of(sizes, layers), self.damping)
 
     def _batches(self, context: Context) -> list[Batch]:
         count = min(self.samples, len(context.calibration))
@@ -393,22 +419,9 @@ def _itself(values: Tensor) -> Tensor:
     return values
 
 
-def _readers(sizes: Mapping[Dimension, int]) -> dict[str, tuple[int, int]]:
-    """Return for each weight that reads a dimension the columns of a unit, and how many units go."""
-    found: dict[str, tuple[int, int]] = {}
-    for one, size in sizes.items():
-        units = {member.parameter: member.unit for member in one.members if member.parameter in one.readers}
-        found |= {reader: (units[reader], one.size - size) for reader in one.readers}
-    return found
-
-
 def _kept_units(candidate: Candidate, one: Dimension, size: int) -> list[int]:
     """Return the units that stay: those that a reader has columns for that are not all zero, and others to fill up."""
-    left_U = torch.zeros(one.size, dtype=torch.bool)
-    for member in one.members:
-        if member.parameter in one.readers:
-            columns = candidate.values(member.parameter).movedim(member.axis, 0)
-            left_U |= (columns.flatten(1) != 0).any(1).view(-1, member.unit).any(1)
+    left_U = used_units(one, {reader: candidate.values(reader) for reader in one.readers})
     kept = left_U.nonzero().flatten().tolist()
     assert len(kept) <= size, f"{len(kept)} units of {one.name} are not zero, {size} may stay"
     spare = (~left_U).nonzero().flatten().tolist()  # they did nothing before either
@@ -442,7 +455,7 @@ def _check_same(expected: Tensor, found: Tensor | None, label: str) -> None:
         )
 
 
-def _check_reached(wanted: Mapping[str, int], found: Mapping[str, object]) -> None:
+def _check_reached(wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
     if missing := [name for name in wanted if name not in found]:
         raise TechniqueError(f"no calibration sample reaches {missing[0]}", "give other rows, or choose by magnitude")
 

@@ -12,6 +12,9 @@ The first three take units as if each went alone. `obs` takes one after another:
 for it (W -= W_u [(S^-1)_uu]^-1 (S^-1)_u:), S^-1 loses it, and what is left is judged anew, so that of two units that do
 the same work only one goes.
 
+A dimension that several weights read (a residual stream of convolutions) loses the units whose losses, as shares of
+what each layer puts out, are least together.
+
 Whichever go, the weights that stay can make up for them at once: the best ones for the columns K that stay are
 
     W'_K = W S_:K (S_KK)^-1
@@ -22,6 +25,8 @@ Shape suffixes: O outputs, I inputs, U units, b inputs of one unit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,12 +58,6 @@ def fisher_scores(weight_OI: Tensor, second_II: Tensor, fisher_O: Tensor, unit: 
     return 0.5 * ((columns_UOb @ blocks_Ubb) * columns_UOb).sum((1, 2))
 
 
-def obs_scores(weight_OI: Tensor, second_II: Tensor, unit: int, *, damping: float = 0.01) -> Tensor:
-    """Return what each unit's going alone leaves of the output's error once the others make up for it, [U]."""
-    inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
-    return _losses(weight_OI.double(), inverse_II, unit, torch.ones(weight_OI.shape[1] // unit, dtype=torch.bool))
-
-
 def obs_order(weight_OI: Tensor, second_II: Tensor, unit: int, count: int, *, damping: float = 0.01) -> list[int]:
     """Return `count` units in the order in which they go, least loss first, the rest making up for each.
 
@@ -67,41 +66,62 @@ def obs_order(weight_OI: Tensor, second_II: Tensor, unit: int, count: int, *, da
     >>> obs_order(torch.tensor([[1.0, 2.0, 0.1]]), torch.eye(3), unit=1, count=2)
     [2, 0]
     """
-    inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
-    weight_OI = weight_OI.double().clone()
-    num_units = weight_OI.shape[1] // unit
-    left = torch.ones(num_units, dtype=torch.bool)
+    return joint_obs_order([(weight_OI, second_II, torch.arange(weight_OI.shape[1]).view(-1, unit))], count, damping)
+
+
+def joint_obs_order(readers: Sequence[tuple[Tensor, Tensor, Tensor]], count: int, damping: float = 0.01) -> list[int]:
+    """Return `count` units that several weights read in the order in which they go.
+
+    `readers` are weights [O, I], the second moments of their inputs [I, I], and the columns of each unit [U, b]. A loss
+    is a share of what a layer puts out, so that layers of large outputs do not outvote the others; they are added up.
+    """
+    left = [_Left(weight_OI, second_II, columns_Ub, damping) for weight_OI, second_II, columns_Ub in readers]
+    num_units = len(readers[0][2])
+    stays_U = torch.ones(num_units, dtype=torch.bool)
     gone: list[int] = []
     while len(gone) < count:
-        pivots_Ubb = _diagonal_blocks(inverse_II, unit)
-        pivots_Ubb[~left] = torch.eye(unit, dtype=torch.float64)  # these are zero by now
-        columns_UOb = weight_OI.view(len(weight_OI), num_units, unit).transpose(0, 1)
-        losses_U = (torch.linalg.solve(pivots_Ubb, columns_UOb.transpose(1, 2)) * columns_UOb.transpose(1, 2)).sum(
-            (1, 2)
-        )
-        losses_U[~left] = torch.inf
+        losses_U = torch.stack([one.losses(stays_U) for one in left]).sum(0)
+        if not bool(torch.isfinite(losses_U).all()):
+            raise TechniqueError("the importance of units is NaN or infinite", "try another `by`")
+        losses_U[~stays_U] = torch.inf
         together = min(count - len(gone), max(1, int(SHARE_AT_A_TIME * (num_units - len(gone)))))
         chosen = torch.argsort(losses_U, stable=True)[:together]
         gone += chosen.tolist()
-        left[chosen] = False
-        at = (chosen[:, None] * unit + torch.arange(unit)).flatten()
-        rows_GI = inverse_II[at]
-        solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
-        weight_OI -= weight_OI[:, at] @ solved_GI
-        inverse_II -= rows_GI.t() @ solved_GI
-        weight_OI[:, at] = 0.0
-        inverse_II[at] = 0.0
-        inverse_II[:, at] = 0.0
+        stays_U[chosen] = False
+        for one in left:
+            one.take(chosen)
     return gone
 
 
-def _losses(weight_OI: Tensor, inverse_II: Tensor, unit: int, left_U: Tensor) -> Tensor:
-    pivots_Ubb = _diagonal_blocks(inverse_II, unit)
-    pivots_Ubb[~left_U] = torch.eye(unit, dtype=torch.float64)  # what went is zero there
-    columns_UbO = weight_OI.t().reshape(-1, unit, len(weight_OI))
-    losses_U: Tensor = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
-    losses_U[~left_U] = torch.inf
-    return losses_U
+class _Left:
+    """Hold what is left of a weight and of the inverse of its inputs' moments while units go."""
+
+    def __init__(self, weight_OI: Tensor, second_II: Tensor, columns_Ub: Tensor, damping: float) -> None:
+        self.weight_OI = weight_OI.double().clone()
+        self.columns_Ub = columns_Ub
+        self.inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
+        size = float(((self.weight_OI @ second_II.double()) * self.weight_OI).sum())
+        self.size = size or 1.0
+
+    def losses(self, stays_U: Tensor) -> Tensor:
+        """Return what each unit's going alone adds to the error, as a share of the outputs, [U]."""
+        at = self.columns_Ub
+        pivots_Ubb = self.inverse_II[at[:, :, None], at[:, None, :]]
+        pivots_Ubb[~stays_U] = torch.eye(at.shape[1], dtype=torch.float64)  # these are zero by now
+        columns_UbO = self.weight_OI.t()[at]
+        losses_U: Tensor = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
+        return losses_U / self.size
+
+    def take(self, chosen: Tensor) -> None:
+        """Take units out, the other columns making up for them."""
+        at = self.columns_Ub[chosen].flatten()
+        rows_GI = self.inverse_II[at]
+        solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
+        self.weight_OI -= self.weight_OI[:, at] @ solved_GI
+        self.inverse_II -= rows_GI.t() @ solved_GI
+        self.weight_OI[:, at] = 0.0
+        self.inverse_II[at] = 0.0
+        self.inverse_II[:, at] = 0.0
 
 
 def made_up_for(weight_OI: Tensor, second_II: Tensor, stays_I: Tensor, *, damping: float = 0.01) -> Tensor:

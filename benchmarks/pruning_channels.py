@@ -1,0 +1,220 @@
+"""Channels of convolutions cut from real networks: beside Torch-Pruning's importances, and predicted beside measured.
+
+    python benchmarks/pruning_channels.py quality MODEL TRAIN TEST    # a folder, two parquet files of labelled pictures
+    python benchmarks/pruning_channels.py latency MODEL TRAIN TEST --out DIR [--threads 2]
+    python benchmarks/pruning_channels.py latency NETWORK.py FOLDER TRAIN --out DIR [--threads 2]
+
+`quality` cuts the same share of every group of channels with our ways of choosing and with Torch-Pruning's, from the
+same calibration pictures and without training: all networks of a share have the same shapes. Accuracies are of the same
+test pictures; differences are paired, with 95 % intervals.
+
+`latency` carries a recipe out for ONNX Runtime and sets the latency that the planner predicts from its table of layer
+times beside the measured one. A NETWORK.py has `load(folder)` and takes pictures as `x`; fashion pictures, enlarged to
+224 x 224, stand for its own: of such a network only shapes and times are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer import api
+from gossamer.data.columns import bind_columns
+from gossamer.data.rows import read_rows
+from gossamer.models.candidate import Candidate
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
+from gossamer.recipe import Recipe, Step
+from gossamer.run.progress import Silent
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context
+from gossamer.techniques.prune.prune import Prune
+
+TASK = get_task("image-classification")
+SHARES = ("75%", "50%")
+CALIBRATION, TESTED = 128, 2000
+OURS: dict[str, dict[str, Any]] = {
+    "obs": {},
+    "fisher": {"by": "fisher"},
+    "activation": {"by": "activation"},
+    "magnitude": {"by": "magnitude"},
+    "magnitude, nothing made up for": {"by": "magnitude", "refit": False},
+}
+
+
+def quality(model: str, train: str, test: str) -> None:
+    """Print a table of accuracies."""
+    source = Source.open(model)
+    calibration = batches(train, source, CALIBRATION, 1)
+    tested = batches(test, source, TESTED, 100)
+    before = right(source.module(TASK), source, tested)
+    print(f"as it is: {before.mean():.4f} of {len(before)} pictures")
+    for share in SHARES:
+        found = {f"ours: {name}": ours(source, calibration, share, more) for name, more in OURS.items()}
+        found |= {f"Torch-Pruning: {name}": make(share) for name, make in theirs(source, calibration).items()}
+        counts = {sum(values.numel() for values in module.parameters()) for module in found.values()}
+        scores = {name: right(module, source, tested) for name, module in found.items()}
+        best = max((name for name in scores if name.startswith("Torch")), key=lambda name: scores[name].mean())
+        print(f"\n{share} of the channels, {sorted(counts)} parameters; differences to {best}")
+        for name, score in scores.items():
+            away = score - scores[best]
+            interval = 1.96 * away.std(ddof=1) / math.sqrt(len(away))
+            print(f"{name:45} {score.mean():.4f}   {away.mean():+.4f} ± {interval:.4f}")
+
+
+def batches(data: str, source: Source, count: int, size: int) -> list[Batch]:
+    """Return evenly spread rows of a file as batches."""
+    rows = bind_columns(read_rows(data), TASK, {})
+    picked = [rows[number * len(rows) // count] for number in range(count)]
+    return TASK.batches(picked, source, batch_size=size)
+
+
+def right(module: nn.Module, source: Source, tested: list[Batch]) -> np.ndarray[Any, Any]:
+    """Return 1.0 for each picture that is told right."""
+    found = []
+    with torch.no_grad():
+        for batch in tested:
+            logits = source.forward(module, {"pixel_values": torch.from_numpy(batch.inputs["pixel_values"])})
+            found.append(logits.argmax(-1).numpy() == batch.targets["labels"])
+    return np.concatenate(found).astype(np.float64)
+
+
+def ours(source: Source, calibration: list[Batch], share: str, more: dict[str, Any]) -> nn.Module:
+    """Return the network cut by `prune`."""
+    candidate = Candidate(source=source, module=source.module(TASK))
+    example = {name: torch.from_numpy(values) for name, values in calibration[0].inputs.items()}
+    model = map_model(candidate.module, example, source.forward)
+    context = Context(task=TASK, example=calibration[0].inputs, calibration=calibration, progress=Silent())
+    return Prune(what="channels", to=share, **more).apply(candidate, model, context).module
+
+
+def theirs(source: Source, calibration: list[Batch]) -> dict[str, Callable[[str], nn.Module]]:
+    """Return how networks are cut by each of Torch-Pruning's importances."""
+    import torch_pruning as tp
+
+    importances = {
+        "magnitude": tp.importance.MagnitudeImportance(p=2),
+        "scale of batch norms": tp.importance.BNScaleImportance(),
+        "LAMP": tp.importance.LAMPImportance(),
+        "geometric median": tp.importance.FPGMImportance(),
+        "Taylor": tp.importance.TaylorImportance(),
+        "Hessian": tp.importance.HessianImportance(),
+    }
+
+    def cut(importance: Any, share: str) -> nn.Module:
+        module = source.module(TASK)
+        module.requires_grad_(True)
+        example = torch.from_numpy(calibration[0].inputs["pixel_values"])
+        pruner = tp.pruner.BasePruner(
+            module,
+            example,
+            importance=importance,
+            pruning_ratio=1 - float(share.rstrip("%")) / 100,
+            ignored_layers=[part for part in module.modules() if isinstance(part, nn.Linear)],
+            output_transform=lambda output: output.logits,
+        )
+        hessian = isinstance(importance, tp.importance.HessianImportance)
+        if hessian:
+            importance.zero_grad()
+        for loss in losses(module, calibration):
+            if hessian:
+                module.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if hessian:
+                importance.accumulate_grad(module)
+        pruner.step()
+        module.requires_grad_(False)
+        return module.eval()
+
+    return {name: lambda share, each=each: cut(each, share) for name, each in importances.items()}
+
+
+def losses(module: nn.Module, calibration: list[Batch]) -> Iterator[Tensor]:
+    """Yield the loss of each calibration picture."""
+    for batch in calibration:
+        logits = module(pixel_values=torch.from_numpy(batch.inputs["pixel_values"])).logits
+        yield nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets["labels"]))
+
+
+def latency(model: str, train: str, test: str, out: Path, threads: int) -> None:
+    """Print predicted and measured latencies, parameters and operations of a model cut to each share."""
+    given: dict[str, Any] = {"task": "image-classification", "runtime": "onnxruntime", "threads": threads}
+    if model.endswith(".py"):
+        network = runpy.run_path(model)["load"](train)
+        given |= {"model": network, "forward": lambda module, inputs: module(inputs["pixel_values"])}
+        rows = enlarged(test, 256, network)
+        given |= {"data": rows[:128], "evaluation": rows[128:], "calibration_rows": 64}
+    else:
+        given |= {"model": model, "data": train, "evaluation": test, "evaluation_rows": 1000}
+    for share in SHARES:
+        folder = out / f"{Path(model).stem}-{share.rstrip('%')}"
+        recipe = Recipe(steps=(Step(technique="prune", settings={"what": "channels", "to": share}),))
+        goal = "latency <= 100%, quality >= 1%"
+        planned = api.plan(**given, goal=goal, recipe=recipe, out=folder / "plan")
+        found = api.apply(recipe, **given, goal=goal, out=folder / "apply")
+        predicted, measured = planned.candidates[0].predicted, found.tried[0].measured
+        if measured is None or found.original.same_runtime_latency is None:
+            raise SystemExit(f"{share}: not measured: {found.tried[0].rejected or found.reason}")
+        unchanged = found.original.same_runtime_latency.p50
+        row = {
+            "share": share,
+            "parameters": [found.original.num_parameters, predicted.num_parameters],
+            "macs": [found.original.macs, predicted.macs],
+            "milliseconds unchanged": 1e3 * unchanged,
+            "milliseconds predicted": 1e3 * predicted.latency_seconds,
+            "milliseconds measured": 1e3 * measured.latency.p50,
+            "share of PyTorch predicted": predicted.latency_share,
+            "share of PyTorch measured": str(measured.figures["latency p50 ratio"]),
+            "quality": str(measured.figures.get("quality")),
+        }
+        print(json.dumps(row), flush=True)
+
+
+def enlarged(data: str, count: int, network: nn.Module) -> list[dict[str, Any]]:
+    """Return pictures as prepared pixels [3, 224, 224] with the network's own answers as labels."""
+    rows = bind_columns(read_rows(data), TASK, {})[:count]
+    found = []
+    for row in rows:
+        picture = row["image"]
+        if isinstance(picture, dict):
+            import io
+
+            from PIL import Image
+
+            picture = Image.open(io.BytesIO(picture["bytes"]))
+        pixels = np.asarray(picture.convert("RGB").resize((224, 224)), np.float32)
+        pixels = ((pixels - 127) / 128).transpose(2, 0, 1).copy()
+        with torch.no_grad():
+            label = int(network(torch.from_numpy(pixels)[None]).argmax())
+        found.append({"image": pixels, "label": label})
+    return found
+
+
+def main() -> None:
+    """Read the command line and run one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("quality", "latency"))
+    parser.add_argument("model")
+    parser.add_argument("train")
+    parser.add_argument("test")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    if asked.what == "quality":
+        quality(asked.model, asked.train, asked.test)
+    else:
+        latency(asked.model, asked.train, asked.test, asked.out, asked.threads)
+
+
+if __name__ == "__main__":
+    main()
