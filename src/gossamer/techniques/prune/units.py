@@ -23,6 +23,8 @@ Shape suffixes: O outputs, I inputs, U units, b inputs of one unit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,32 +69,45 @@ def obs_order(weight_OI: Tensor, second_II: Tensor, unit: int, count: int, *, da
     >>> obs_order(torch.tensor([[1.0, 2.0, 0.1]]), torch.eye(3), unit=1, count=2)
     [2, 0]
     """
+    ((gone, _),) = obs_path(weight_OI, second_II, unit, [count], damping=damping)
+    return gone
+
+
+def obs_path(
+    weight_OI: Tensor,
+    second_II: Tensor,
+    unit: int,
+    counts: Sequence[int],
+    *,
+    damping: float = 0.01,
+    together: float = SHARE_AT_A_TIME,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield, each time as many units are gone as one of the ascending `counts` says, which, and the weight, float64.
+
+    `together` is the share of those left that may go between two judgements. The values that are yielded change as the
+    path goes on. Raises TechniqueError as `obs_order` does.
+    """
     inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
     weight_OI = weight_OI.double().clone()
     num_units = weight_OI.shape[1] // unit
     left = torch.ones(num_units, dtype=torch.bool)
     gone: list[int] = []
-    while len(gone) < count:
-        pivots_Ubb = _diagonal_blocks(inverse_II, unit)
-        pivots_Ubb[~left] = torch.eye(unit, dtype=torch.float64)  # these are zero by now
-        columns_UOb = weight_OI.view(len(weight_OI), num_units, unit).transpose(0, 1)
-        losses_U = (torch.linalg.solve(pivots_Ubb, columns_UOb.transpose(1, 2)) * columns_UOb.transpose(1, 2)).sum(
-            (1, 2)
-        )
-        losses_U[~left] = torch.inf
-        together = min(count - len(gone), max(1, int(SHARE_AT_A_TIME * (num_units - len(gone)))))
-        chosen = torch.argsort(losses_U, stable=True)[:together]
-        gone += chosen.tolist()
-        left[chosen] = False
-        at = (chosen[:, None] * unit + torch.arange(unit)).flatten()
-        rows_GI = inverse_II[at]
-        solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
-        weight_OI -= weight_OI[:, at] @ solved_GI
-        inverse_II -= rows_GI.t() @ solved_GI
-        weight_OI[:, at] = 0.0
-        inverse_II[at] = 0.0
-        inverse_II[:, at] = 0.0
-    return gone
+    for count in counts:
+        while len(gone) < count:
+            losses_U = _losses(weight_OI, inverse_II, unit, left)
+            size = min(count - len(gone), max(1, int(together * (num_units - len(gone)))))
+            chosen = torch.argsort(losses_U, stable=True)[:size]
+            gone += chosen.tolist()
+            left[chosen] = False
+            at = (chosen[:, None] * unit + torch.arange(unit)).flatten()
+            rows_GI = inverse_II[at]
+            solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
+            weight_OI -= weight_OI[:, at] @ solved_GI
+            inverse_II -= rows_GI.t() @ solved_GI
+            weight_OI[:, at] = 0.0
+            inverse_II[at] = 0.0
+            inverse_II[:, at] = 0.0
+        yield gone, weight_OI
 
 
 def _losses(weight_OI: Tensor, inverse_II: Tensor, unit: int, left_U: Tensor) -> Tensor:
