@@ -45,7 +45,8 @@ class BlockTimes(Record):
     def of(self, sizes: Mapping[str, int]) -> float:
         """Return the seconds of a block whose places have other sizes; those that are not named are whole.
 
-        >>> BlockTimes(stack="", blocks=(0,), format=FLOAT, seconds=3.0, cut={"ffn": ((4, 2.0), (8, 3.0))}).of({"ffn": 6})
+        >>> cut = {"ffn": ((4, 2.0), (8, 3.0))}
+        >>> BlockTimes(stack="layers", blocks=(0,), format=FLOAT, seconds=3.0, cut=cut).of({"ffn": 6})
         2.5
         """
         found = self.seconds
@@ -154,19 +155,19 @@ def _measure(
     seconds: dict[tuple[str, str | None, int], float] = {(FLOAT, None, 0): 1.0}
     whole: list[float] = []
     label = f"timing blocks of each size in {job.runtime.name}"
-    with job.serve(served_from) as reference, job.serve(served_from) as other:
-        with job.progress.stage(label, len(cuts) * len(formats) - 1) as advance:
-            for place, size in cuts:
-                for name, decisions in formats.items():
-                    if (name, place, size) in seconds:
-                        continue
-                    specimen = workshop.specimen(place, size, decisions)
-                    other.reopen(_written(job, specimen, folder / "cut"))
-                    ratio, taken = _in_turns(other, reference, specimen, baseline)
-                    seconds[name, place, size] = ratio
-                    whole.append(taken)
-                    shutil.rmtree(folder / "cut")
-                    advance(1)
+    entries = [(name, place, size) for place, size in cuts for name in formats]
+    with (
+        job.serve(served_from) as reference,
+        job.serve(served_from) as other,
+        job.progress.stage(label, len(entries) - 1) as advance,
+    ):
+        for name, place, size in entries[1:]:
+            specimen = workshop.specimen(place, size, formats[name])
+            other.reopen(_written(job, specimen, folder / "cut"))
+            seconds[name, place, size], taken = _in_turns(other, reference, specimen, baseline)
+            whole.append(taken)
+            shutil.rmtree(folder / "cut")
+            advance(1)
     shutil.rmtree(served_from)
     return list(_tables(job, kind, formats, measured, seconds, float(np.median(whole)), workshop))
 

@@ -23,10 +23,10 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
+from gossamer.plan.proposed_cuts import tables_of_blocks, with_solved_cuts
 from gossamer.plan.ranking import time_budget
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
-from gossamer.plan.proposed_cuts import tables_of_blocks, with_solved_cuts
 from gossamer.plan.search import Found, Search, prove
 from gossamer.plan.settled import settled
 from gossamer.recipe import Recipe

@@ -143,9 +143,10 @@ def _float_bytes(tables: Tables, model: ModelMap) -> int:
 def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: ModelMap) -> float:
     """Return the seconds of one request: the unchanged model's, with the layers' differences added up.
 
-    Blocks that were timed as such, in the format that they get, are added up whole. Else a format that was not timed (the runtime holds no layer alone) counts as fast as the layer was before; a smaller
-    shape in a format that was timed only in the larger one by its share of the products. What is no layer (attention,
-    norms, sums) goes with the blocks.
+    Blocks that were timed as such, in the format that they get, are added up whole. Else a format that was not timed
+    (the runtime holds no layer alone) counts as fast as the layer was before; a smaller shape in a format that was
+    timed only in the larger one by its share of the products. What is no layer (attention, norms, sums) goes with the
+    blocks.
     """
     unchanged = tables.original.same_runtime_latency or tables.original.latency
     seconds, shapes = tables.profile.seconds, tables.profile.shapes

@@ -44,9 +44,7 @@ def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
     return block_times(job, formats_of(job.model, [step.resolve(job.model) for step in runs]))
 
 
-def with_solved_cuts(
-    job: Job, goal: Goal, tables: Tables, space: SearchSpace, found: Sequence[Steps]
-) -> list[Steps]:
+def with_solved_cuts(job: Job, goal: Goal, tables: Tables, space: SearchSpace, found: Sequence[Steps]) -> list[Steps]:
     """Return recipes with cuts that are solved for the goal in place of those of fixed shares.
 
     As they are where nothing can be solved: no bound on less work, too few rows, blocks that are not understood.
@@ -81,7 +79,11 @@ def _cuts(
     decisions, after = resolved(tables.model, steps)
     label = None if any(one.dtype for one in decisions) else common_format(tables.blocks, tables, decisions)
     for quantity, needed in _needed(goal, tables, predicted_latency(tables, decisions, after), label):
-        of = seconds_by_size(tables.blocks, label or "") if quantity in TIMED else counted_by_size(tables.model, quantity)
+        of = (
+            seconds_by_size(tables.blocks, label or "")
+            if quantity in TIMED
+            else counted_by_size(tables.model, quantity)
+        )
         saved = choices.saved(of)
         total = max(1, int(saved.max(axis=1).sum()))
         key = (f"{label}" if quantity in TIMED else quantity, round(100 * needed / total))

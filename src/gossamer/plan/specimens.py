@@ -1,4 +1,4 @@
-"""Small models to be timed in place of the whole one: a few of its blocks in a row, cut and rounded like a recipe would.
+"""Small models to be timed in place of the whole one: a few of its blocks in a row, cut and rounded as in a recipe.
 
 A block's time depends on its sizes and formats, not on its values, so one kind of block is timed once for all blocks of
 that kind, and each place that can be cut (channels, heads) for itself. A runtime that holds no parts of models (PyTorch

@@ -22,12 +22,11 @@ logits, opened = TINY["logits"], TINY["opened"]
 
 def bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=32, initializer_range=0.2, attn_implementation="eager",
-        )  # fmt: skip
-    ).eval()
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=32, initializer_range=0.2, attn_implementation="eager",
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
 
 
 def test_sizes_by_place_are_read_written_and_resolved() -> None:
@@ -92,4 +91,3 @@ def test_a_model_that_is_cut_unevenly_computes_what_the_masked_one_does() -> Non
     assert shapes == list(sizes)
     ids = torch.arange(1, 13)[None]
     torch.testing.assert_close(logits(smaller.module, {"input_ids": ids}), logits(network, {"input_ids": ids}))
-
