@@ -61,6 +61,12 @@ def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:
     return found
 
 
+def joined(first: Steps, then: Steps, space: SearchSpace) -> Steps | None:
+    """Return two runs of steps as one recipe, None where their order or what the first leaves does not allow it."""
+    steps = _ordered([first, then])
+    return steps if steps is not None and _fit(steps, space) else None
+
+
 def _rounded(steps: Sequence[Technique], model: ModelMap) -> frozenset[str]:
     """Return the parameters whose codes some steps decide."""
     decided, _ = resolved(model, steps)

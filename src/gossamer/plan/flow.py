@@ -23,10 +23,12 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.ranking import time_budget, upper_bounds
+from gossamer.plan.proposed_cuts import tables_of_blocks, with_solved_cuts
+from gossamer.plan.ranking import time_budget
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
 from gossamer.plan.search import Found, Search, prove
+from gossamer.plan.settled import settled
 from gossamer.recipe import Recipe
 from gossamer.run.atomic import publish_folder, readable_bytes, write_text
 from gossamer.run.team import Team, assembled, num_processes
@@ -100,6 +102,7 @@ def _lead(
         Run(out, identity(inputs, prepared, **what), fresh=fresh) as run,
         opened_job(inputs, prepared, run, team) as opened,
     ):
+        steps = settled(opened, steps)
         check_recipe(opened, steps)
         check_measurable(opened, goal)
         check_fits(opened, steps)
@@ -212,6 +215,7 @@ def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
         unchanged_memory=unchanged_memory,
         proof_seconds=_proof_seconds(job),
         float_bytes=_float_bytes(job),
+        blocks=tables_of_blocks(job, _space(job, goal)),
     )
     return tables, reference
 
@@ -224,14 +228,11 @@ def _float_bytes(job: Job) -> dict[str, int]:
 
 
 def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
-    """Return every technique's own proposals, and those whose widths are chosen for this goal."""
-    wanted: set[str] = {part.quantity for part in goal.constraints}
-    if goal.objective is not None:
-        wanted.add(goal.objective.quantity)
-    space = SearchSpace(
-        job.model, job.runtime, job.task, calibration_rows, frozenset(wanted), upper_bounds(goal, tables.original)
-    )
-    found = [*recipes(space), *mixed_recipes(job, goal, tables, space)]
+    """Return every technique's own proposals, and those whose widths or cuts are chosen for this goal."""
+    bounds = upper_bounds(goal, tables.original)
+    space = replace(_space(job, goal), calibration_rows=calibration_rows, bounds=bounds)
+    found = with_solved_cuts(job, goal, tables, space, recipes(space))
+    found += mixed_recipes(job, goal, tables, space)
     if not job.model.experts:
         return found
 
@@ -239,6 +240,14 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> li
         return refused_by(job.runtime, job.model, resolved(job.model, steps)[0]) is None
 
     return list(filter(held, found))
+
+
+def _space(job: Job, goal: Goal) -> SearchSpace:
+    """Return what techniques look at when they propose something for a goal."""
+    wanted: set[str] = {part.quantity for part in goal.constraints}
+    if goal.objective is not None:
+        wanted.add(goal.objective.quantity)
+    return SearchSpace(job.model, job.runtime, job.task, len(job.calibration), frozenset(wanted))
 
 
 def _proof_seconds(job: Job) -> float:

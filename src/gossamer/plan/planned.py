@@ -24,6 +24,7 @@ from gossamer.plan.ranking import Ranked
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import PlanResult, Tried
 from gossamer.plan.search import too_long, unbuilt, unknown_but_for
+from gossamer.plan.settled import settled
 from gossamer.recipe import Recipe
 from gossamer.run.workspace import Run
 from gossamer.techniques.base import Technique, resolved
@@ -61,6 +62,7 @@ def plan_run(
     ):
         check_measurable(job, goal)
         if steps is not None:
+            steps = settled(job, steps)
             check_recipe(job, steps)
         if goal is None:
             assert steps is not None, "a plan needs a goal or a recipe"

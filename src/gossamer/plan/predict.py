@@ -1,7 +1,8 @@
 """Predict a recipe's size, latency, memory and quality from the measured tables, without building it.
 
     size      bytes of the unchanged file + sum over parameters of (bytes in the new format - bytes as float32), exactly
-    latency   latency of the unchanged model in the runtime + sum over layers (seconds(new format) - seconds(float32))
+    latency   latency of the unchanged model in the runtime + sum over layers (seconds(new format) - seconds(float32));
+              over blocks, where these were timed at several sizes (`block_times.py`)
     memory    peak of the unchanged model in the runtime - float32 bytes + new bytes
     KL        sum of the effects of the steps alone (errors of small size are nearly independent), times what repairs
               usually leave of it
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from math import exp, log, prod, sqrt
 
 from gossamer.models.roles import ModelMap
+from gossamer.plan.block_times import BlockTimes, change_of_blocks
 from gossamer.plan.profile import Profile, layer_formats
 from gossamer.plan.records import Original, Prediction
 from gossamer.runtimes.base import Runtime
@@ -65,6 +67,7 @@ class Tables:
     unchanged_memory: int
     proof_seconds: float  # of writing, checking, scoring and timing the unchanged model
     float_bytes: Mapping[str, int] = field(default_factory=dict)  # of a value as it is held; FLOAT_BYTES if not named
+    blocks: tuple[BlockTimes, ...] = ()  # where a goal asks for less work
 
 
 def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections | None = None) -> Prediction:
@@ -147,17 +150,20 @@ def _float_bytes(tables: Tables, model: ModelMap) -> int:
 def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: ModelMap) -> float:
     """Return the seconds of one request: the unchanged model's, with the layers' differences added up.
 
-    A format that was not timed (the runtime holds no layer alone) counts as fast as the layer was before; a smaller
-    shape in a format that was timed only in the larger one by its share of the products. What is no layer (attention,
-    norms, sums) goes with the blocks.
+    Blocks that were timed as such, in the format that they get, are added up whole. Else a format that was not timed
+    (the runtime holds no layer alone) counts as fast as the layer was before; a smaller shape in a format that was
+    timed only in the larger one by its share of the products. What is no layer (attention, norms, sums) goes with the
+    blocks.
     """
     unchanged = tables.original.same_runtime_latency or tables.original.latency
     seconds, shapes = tables.profile.seconds, tables.profile.shapes
     before = layer_formats(tables.model, [], shapes)
     whole, cut = layer_formats(tables.model, decisions, shapes), layer_formats(after, decisions, shapes)
     timed = [name for name in before if before[name] in seconds and whole[name] in seconds]
-    change = 0.0
+    change, in_blocks = change_of_blocks(tables.blocks, tables.model, after, decisions)
     for name in timed:
+        if name in in_blocks:
+            continue
         now = 0.0
         if name in cut:
             share = prod(cut[name].shape) / prod(before[name].shape)
@@ -165,7 +171,7 @@ def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: Mode
         change += now - seconds[before[name]]
     rest = max(0.0, unchanged.p50 - sum(seconds[before[name]] for name in timed))
     blocks, left = (sum(stack.num_blocks for stack in model.stacks) for model in (tables.model, after))
-    change -= rest * (1 - left / blocks) if blocks and timed else 0.0
+    change -= rest * (1 - left / blocks) if blocks and timed and not in_blocks else 0.0
     return max(0.05 * unchanged.p50, unchanged.p50 + change)
 
 

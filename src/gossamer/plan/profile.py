@@ -158,7 +158,9 @@ def _effect(
             "kl": max(0.0, found.divergence.mean()),
             "quality": float(job.task.metric.quality(found.scores.mean(), reference.scores.mean())),
             "agreement": found.agreement.mean(),
-            "layers": _write_layers(job, candidate, layer_formats(step.after(job.model), decisions, shapes), folder),
+            "layers": _write_layers(job, candidate, layer_formats(job.model, decisions, shapes), folder)
+            if not any(decision.cut for decision in decisions)
+            else [],  # cut blocks are timed as such (`block_times.py`)
         }
 
     inputs = job.step_inputs(

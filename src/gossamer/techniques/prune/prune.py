@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
-from math import isfinite
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
@@ -44,6 +43,7 @@ from gossamer.techniques.prune.readers import (
     used_units,
 )
 from gossamer.techniques.prune.taylor import taylor_scores
+from gossamer.techniques.prune.uneven import Places, Size, in_words, read_sizes, units_left
 from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores
 from gossamer.techniques.prune.width import narrowed, scale_last_norm
 from gossamer.techniques.prune.width_fit import fit_narrower
@@ -83,7 +83,9 @@ class Prune(BlockTechnique):
         description="ffn (channels of feed-forward networks), heads, channels (of convolutions), layers, or width (of "
         "the residual stream)"
     )
-    to: str | float | None = Field(None, description="what stays, of each: a share (50%) or a number of units")
+    to: str | float | Places | None = Field(
+        None, description="what stays, of each: a share (50%) or a number of units; or {place: either} for each place"
+    )
     remove: int | tuple[int, ...] | None = Field(
         None, description="what goes, of each: a number of units, or (layers) which blocks, counted from 0"
     )
@@ -109,16 +111,18 @@ class Prune(BlockTechnique):
     @field_validator("to", mode="before")
     @classmethod
     def _read_share(cls, value: Any) -> Any:
-        if isinstance(value, str) and _share(value) is None:
-            raise ValueError(f"{value!r} is neither a share like 50% nor a number")
-        if isinstance(value, float) and not (isfinite(value) and (value < 1 or value == int(value))):
-            raise ValueError(f"{value!r} is neither a share below 1 nor a whole number of units")
-        return value
+        return read_sizes(value)
+
+    @field_serializer("to")
+    def _write_places(self, value: Any) -> Any:
+        return dict(value) if isinstance(value, tuple) else value
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if (self.to is None) == (self.remove is None):
             raise ValueError("say either `to` (what stays) or `remove` (what goes)")
+        if isinstance(self.to, tuple) and self.targets != ("*",):
+            raise ValueError("name the places in `to` or in `targets`, not in both")
         if self.what != "layers" and isinstance(self.remove, tuple):
             raise ValueError("which units go is found out; only blocks can be named (what: layers)")
         fitting = OF_BLOCKS if self.what == "layers" else OF_UNITS
@@ -134,7 +138,8 @@ class Prune(BlockTechnique):
     def label(self) -> str:
         """Return what is cut and how far: `prune ffn to 50%`."""
         if self.to is not None:
-            return f"{self.name} {self.what} to {self.to} by {self._by}"
+            size = in_words(self.to) if isinstance(self.to, tuple) else self.to
+            return f"{self.name} {self.what} to {size} by {self._by}"
         gone = self.remove if isinstance(self.remove, int) else ", ".join(map(str, self.remove or ()))
         return f"{self.name} {self.what}, {gone} fewer by {self._by}"
 
@@ -169,16 +174,19 @@ class Prune(BlockTechnique):
         found = [one for one in model.dimensions if one.kind == self.what]
         if not found:
             raise RecipeError(f"no {self.what} of this model can be cut", "`gossamer inspect` says why, by name")
-        for target in self.targets:
+        uneven = dict(self.to) if isinstance(self.to, tuple) else {}
+        places = tuple(uneven) or self.targets
+        for target in places:
             if not any(_meant(one, target) for one in found):
                 names = sorted({one.stack for one in found})
                 raise RecipeError(
-                    f"targets: {target!r} matches none of {len(found)} places", f"known: {', '.join(names)}"
+                    f"{'to' if uneven else 'targets'}: {target!r} matches none of {len(found)} places",
+                    f"known: {', '.join(names)}",
                 )
-        chosen = [one for one in found if any(_meant(one, target) for target in self.targets)]
-        return {one: self._size(one) for one in chosen}
+        meant = {one: [place for place in places if _meant(one, place)] for one in found}
+        return {one: self._size(one, uneven.get(names[-1])) for one, names in meant.items() if names}
 
-    def _size(self, one: Dimension) -> int:
+    def _size(self, one: Dimension, here: Size | None) -> int:
         if isinstance(self.remove, tuple):
             if wrong := sorted(number for number in self.remove if not 0 <= number < one.size):
                 raise RecipeError(f"{one.name} has no block {wrong[0]}: it has {one.size}, from 0", "name those it has")
@@ -188,10 +196,9 @@ class Prune(BlockTechnique):
         elif self.remove is not None:
             size = one.size - self.remove
         else:
-            share = _share(self.to) if isinstance(self.to, str) else self.to
-            assert share is not None
-            size = round(one.size * share) if isinstance(self.to, str) or share < 1 else int(share)
-            size = -(-size // self.multiple) * self.multiple
+            asked = here if here is not None else self.to
+            assert isinstance(asked, str | float | int)
+            size = units_left(asked, one.size, self.multiple)
         least = max(1, len(one.held))
         if not least <= size < one.size:
             raise RecipeError(
@@ -458,16 +465,6 @@ def _check_same(expected: Tensor, found: Tensor | None, label: str) -> None:
 def _check_reached(wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
     if missing := [name for name in wanted if name not in found]:
         raise TechniqueError(f"no calibration sample reaches {missing[0]}", "give other rows, or choose by magnitude")
-
-
-def _share(text: str) -> float | None:
-    """Return 0.5 for `50%`, None for what is no share."""
-    number = text.strip().removesuffix("%").strip()
-    try:
-        share = float(number) / 100 if text.strip().endswith("%") else None
-    except ValueError:
-        return None
-    return share if share is not None and isfinite(share) else None
 
 
 def _meant(one: Dimension, target: str) -> bool:

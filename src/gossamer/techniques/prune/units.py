@@ -26,7 +26,7 @@ Shape suffixes: O outputs, I inputs, U units, b inputs of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,27 @@ def obs_order(weight_OI: Tensor, second_II: Tensor, unit: int, count: int, *, da
     >>> obs_order(torch.tensor([[1.0, 2.0, 0.1]]), torch.eye(3), unit=1, count=2)
     [2, 0]
     """
-    return joint_obs_order([(weight_OI, second_II, torch.arange(weight_OI.shape[1]).view(-1, unit))], count, damping)
+    ((gone, _),) = obs_path(weight_OI, second_II, unit, [count], damping=damping)
+    return gone
+
+
+def obs_path(
+    weight_OI: Tensor,
+    second_II: Tensor,
+    unit: int,
+    counts: Sequence[int],
+    *,
+    damping: float = 0.01,
+    together: float = SHARE_AT_A_TIME,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield, each time as many units are gone as one of the ascending `counts` says, which, and the weight, float64.
+
+    `together` is the share of those left that may go between two judgements. The values that are yielded change as the
+    path goes on. Raises TechniqueError as `obs_order` does.
+    """
+    columns_Ub = torch.arange(weight_OI.shape[1]).view(-1, unit)
+    for gone, (left,) in _joint_path([(weight_OI, second_II, columns_Ub)], counts, damping, together):
+        yield gone, left.weight_OI
 
 
 def joint_obs_order(readers: Sequence[tuple[Tensor, Tensor, Tensor]], count: int, damping: float = 0.01) -> list[int]:
@@ -75,22 +95,30 @@ def joint_obs_order(readers: Sequence[tuple[Tensor, Tensor, Tensor]], count: int
     `readers` are weights [O, I], the second moments of their inputs [I, I], and the columns of each unit [U, b]. A loss
     is a share of what a layer puts out, so that layers of large outputs do not outvote the others; they are added up.
     """
+    ((gone, _),) = _joint_path(readers, [count], damping, SHARE_AT_A_TIME)
+    return gone
+
+
+def _joint_path(
+    readers: Sequence[tuple[Tensor, Tensor, Tensor]], counts: Sequence[int], damping: float, together: float
+) -> Iterator[tuple[list[int], list[_Left]]]:
     left = [_Left(weight_OI, second_II, columns_Ub, damping) for weight_OI, second_II, columns_Ub in readers]
     num_units = len(readers[0][2])
     stays_U = torch.ones(num_units, dtype=torch.bool)
     gone: list[int] = []
-    while len(gone) < count:
-        losses_U = torch.stack([one.losses(stays_U) for one in left]).sum(0)
-        if not bool(torch.isfinite(losses_U).all()):
-            raise TechniqueError("the importance of units is NaN or infinite", "try another `by`")
-        losses_U[~stays_U] = torch.inf
-        together = min(count - len(gone), max(1, int(SHARE_AT_A_TIME * (num_units - len(gone)))))
-        chosen = torch.argsort(losses_U, stable=True)[:together]
-        gone += chosen.tolist()
-        stays_U[chosen] = False
-        for one in left:
-            one.take(chosen)
-    return gone
+    for count in counts:
+        while len(gone) < count:
+            losses_U = torch.stack([one.losses(stays_U) for one in left]).sum(0)
+            if not bool(torch.isfinite(losses_U).all()):
+                raise TechniqueError("the importance of units is NaN or infinite", "try another `by`")
+            losses_U[~stays_U] = torch.inf
+            size = min(count - len(gone), max(1, int(together * (num_units - len(gone)))))
+            chosen = torch.argsort(losses_U, stable=True)[:size]
+            gone += chosen.tolist()
+            stays_U[chosen] = False
+            for one in left:
+                one.take(chosen)
+        yield gone, left
 
 
 class _Left:

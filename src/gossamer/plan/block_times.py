@@ -1,0 +1,226 @@
+"""How long a block takes at each size of each place that can be cut, in each format: measured in the serving runtime.
+
+    seconds(sizes, format) = seconds(uncut, format) + sum over places (seconds(that place cut, format) - seconds(uncut))
+
+Kurtic et al., "ZipLM", 2023, section 3.2, build such a table for each runtime environment; theirs too takes sub-layers
+for additive. Each entry is timed in turns with the uncut blocks in float32, in processes of their own, at the request
+whose latency is the goal's. Some sizes are measured, those between lie on straight lines; fewer units are never slower
+(the table is made monotone by isotonic regression, which takes out what is noise). What is no block (stem, head) is in
+no table: a prediction starts from the whole model, unchanged, and adds what becomes of its blocks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from gossamer.measure.latency import time_in_turns
+from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.plan.job import Job
+from gossamer.plan.records import Record
+from gossamer.plan.specimens import BlockKind, Specimen, Workshop, block_kinds, layers_of, place_of, sizes_of
+from gossamer.runtimes.process import Served
+from gossamer.techniques.base import Decision
+
+FLOAT = "float32"
+MEASURED_SHARES = (0.0, 0.5)  # of the sizes of a place, the least among them; the whole one is measured too
+TURNS_SECONDS, ROUND_SECONDS, MIN_ROUNDS = 1.2, 0.04, 9  # of timing one entry
+LEAST_LEFT = 0.02  # of a block's time: sub-layers are not quite additive
+
+
+class BlockTimes(Record):
+    """Hold the seconds of one kind of block in one format: uncut, and with one place cut to each measured size."""
+
+    stack: str
+    blocks: tuple[int, ...]
+    format: str
+    seconds: float
+    cut: dict[str, tuple[tuple[int, float], ...]]  # place -> (units left, seconds of the block), ascending, uncut last
+
+    def of(self, sizes: Mapping[str, int]) -> float:
+        """Return the seconds of a block whose places have other sizes; those that are not named are whole.
+
+        >>> cut = {"ffn": ((4, 2.0), (8, 3.0))}
+        >>> BlockTimes(stack="layers", blocks=(0,), format=FLOAT, seconds=3.0, cut=cut).of({"ffn": 6})
+        2.5
+        """
+        found = self.seconds
+        for place, size in sizes.items():
+            known, seconds = zip(*self.cut[place], strict=True)
+            found += float(np.interp(size, known, seconds)) - self.seconds
+        return max(LEAST_LEFT * self.seconds, found)
+
+
+def block_times(job: Job, formats: Mapping[str, Sequence[Decision]]) -> tuple[BlockTimes, ...]:
+    """Return the tables of every kind of block in float32 and in other formats, measured once for each run folder.
+
+    `formats` are the decisions that make each (see `block_format`). None for a model that is read piece by piece.
+    """
+    if job.budget is not None:
+        return ()
+    wanted = {FLOAT: [], **formats} if job.runtime.holds_layers else {FLOAT: []}
+    found: list[BlockTimes] = []
+    for kind in block_kinds(job.model, job.runtime):
+
+        def build(folder: Path, kind: BlockKind = kind) -> list[dict[str, Any]]:
+            return [table.model_dump(mode="json") for table in _measure(job, kind, wanted, folder)]
+
+        inputs = job.step_inputs(
+            runtime=job.runtime.name,
+            threads=job.threads,
+            formats=sorted(wanted),
+            blocks=[kind.stack, *kind.blocks],
+            places=sorted(kind.places),
+            request={name: list(values.shape) for name, values in job.latency_inputs.items()},
+        )
+        found += [BlockTimes.model_validate(one) for one in job.run.step("block-times", inputs, build).value]
+    return tuple(found)
+
+
+def block_format(layers: Iterable[LayerInfo], decisions: Mapping[str, Decision]) -> str | None:
+    """Return what a block's linear layers are held and fed as under decisions by layer name; None where they differ.
+
+    Codes of 5 to 8 bits take a byte each and are multiplied alike.
+    """
+    formats = set()
+    for layer in layers:
+        if layer.kind == "linear":
+            one = decisions.get(layer.name)
+            if one is None or one.weight is None:
+                formats.add(FLOAT)
+                continue
+            bytewise = one.weight.format == "int" and one.weight.bits > 4
+            weight = one.weight.model_copy(update={"bits": 8}) if bytewise else one.weight
+            formats.add(f"{weight} {one.activation or ''}".strip())
+    return formats.pop() if len(formats) == 1 else None
+
+
+def formats_of(model: ModelMap, decided: Iterable[Sequence[Decision]]) -> dict[str, Sequence[Decision]]:
+    """Return the formats that blocks get from lists of decisions, and the first list that makes each; not float32."""
+    found: dict[str, Sequence[Decision]] = {}
+    places = {(layer.stack, layer.block) for layer in model.layers if layer.stack is not None and layer.block == 0}
+    for decisions in decided:
+        by_layer = {one.layer.name: one for one in decisions}
+        for stack, block in places:
+            assert stack is not None
+            assert block is not None
+            label = block_format(layers_of(model, stack, block), by_layer)
+            if label not in (None, FLOAT):
+                found.setdefault(str(label), decisions)
+    return found
+
+
+def change_of_blocks(
+    tables: Sequence[BlockTimes], model: ModelMap, after: ModelMap, decisions: Sequence[Decision]
+) -> tuple[float, frozenset[str]]:
+    """Return what a recipe adds to the seconds of the blocks in the tables, and the names of the layers in it.
+
+    `after` is the map of what it leaves. Blocks in a format that was not measured are not among them.
+    """
+    by_layer = {one.layer.name: one for one in decisions if one.weight is not None}
+    depth = {stack.name: stack.num_blocks for stack in after.stacks}
+    left = {(one.stack, one.block, place_of(one)): one.size for one in after.dimensions if one.block is not None}
+    known = {(table.stack, block, table.format): table for table in tables for block in table.blocks}
+    change, covered = 0.0, set()
+    for (stack, block, label), table in known.items():
+        if label != FLOAT:
+            continue
+        layers = layers_of(model, stack, block)
+        here = known.get((stack, block, block_format(layers, by_layer) or ""))
+        gone = block >= depth.get(stack, block + 1)
+        if gone or here is not None:
+            sizes = {place: left[stack, block, place] for place in table.cut} if not gone else {}
+            change += (here.of(sizes) if here is not None and not gone else 0.0) - table.seconds
+            covered |= {layer.name for layer in layers}
+    return change, frozenset(covered)
+
+
+def _measure(
+    job: Job, kind: BlockKind, formats: Mapping[str, Sequence[Decision]], folder: Path
+) -> Iterable[BlockTimes]:
+    """Time one kind of block; `folder` is left empty."""
+    measured = {
+        place: _some([size for size in sizes_of(dimensions[0], job.model, job.runtime) if size < dimensions[0].size])
+        for place, dimensions in kind.places.items()
+    }
+    cuts = [(None, 0), *((place, size) for place, sizes in measured.items() for size in sizes)]
+    workshop = Workshop(job, kind)
+    baseline = workshop.specimen(None, 0, [])
+    served_from = _written(job, baseline, folder / "baseline")
+    seconds: dict[tuple[str, str | None, int], float] = {(FLOAT, None, 0): 1.0}
+    whole: list[float] = []
+    label = f"timing blocks of each size in {job.runtime.name}"
+    entries = [(name, place, size) for place, size in cuts for name in formats]
+    with (
+        job.serve(served_from) as reference,
+        job.serve(served_from) as other,
+        job.progress.stage(label, len(entries) - 1) as advance,
+    ):
+        for name, place, size in entries[1:]:
+            specimen = workshop.specimen(place, size, formats[name])
+            other.reopen(_written(job, specimen, folder / "cut"))
+            seconds[name, place, size], taken = _in_turns(other, reference, specimen, baseline)
+            whole.append(taken)
+            shutil.rmtree(folder / "cut")
+            advance(1)
+    shutil.rmtree(served_from)
+    return list(_tables(job, kind, formats, measured, seconds, float(np.median(whole)), workshop))
+
+
+def _tables(
+    job: Job,
+    kind: BlockKind,
+    formats: Iterable[str],
+    measured: Mapping[str, Sequence[int]],
+    seconds: Mapping[tuple[str, str | None, int], float],
+    taken: float,
+    workshop: Workshop,
+) -> Iterable[BlockTimes]:
+    """Yield the tables from the ratios to the baseline, which took `taken` seconds."""
+    count = len(workshop.taken)
+    outside = 0.0 if workshop.chained else taken * (1 - _share_of(job.model, kind))
+    for name in formats:
+        uncut = (seconds[name, None, 0] * taken - outside) / count
+        cut = {}
+        for place, sizes in measured.items():
+            times = [min(uncut, (seconds[name, place, size] * taken - outside) / count) for size in sizes]
+            smooth = isotonic_regression(times).x.tolist()
+            cut[place] = (*zip(sizes, smooth, strict=True), (kind.places[place][0].size, uncut))
+        yield BlockTimes(stack=kind.stack, blocks=kind.blocks, format=name, seconds=uncut, cut=cut)
+
+
+def _share_of(model: ModelMap, kind: BlockKind) -> float:
+    """Return the share of the multiply-accumulates of layers that these blocks do."""
+    inside = sum(layer.macs for block in kind.blocks for layer in layers_of(model, kind.stack, block))
+    return inside / max(1, sum(layer.macs for layer in model.layers))
+
+
+def _some(sizes: Sequence[int]) -> list[int]:
+    """Return the sizes that are measured, ascending."""
+    return sorted({sizes[round(share * len(sizes))] for share in MEASURED_SHARES})
+
+
+def _written(job: Job, specimen: Specimen, target: Path) -> Path:
+    target.mkdir()
+    job.runtime.write(specimen.candidate, target, specimen.request)
+    return target
+
+
+def _in_turns(other: Served, reference: Served, specimen: Specimen, baseline: Specimen) -> tuple[float, float]:
+    """Return the ratio of a specimen's time to the baseline's, and the baseline's seconds."""
+    pair = time_in_turns(
+        other,
+        reference,
+        specimen.inputs,
+        baseline.inputs,
+        budget_seconds=TURNS_SECONDS,
+        round_seconds=ROUND_SECONDS,
+        min_rounds=MIN_ROUNDS,
+    )
+    assert pair.b is not None
+    return pair.ratio_of("p50").value, pair.b.p50

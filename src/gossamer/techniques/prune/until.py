@@ -1,0 +1,91 @@
+"""The technique `prune_until`: a goal for cutting in place of sizes, which are found out before anything is cut.
+
+`plan` and `apply` measure how long the blocks take at each size, predict what each costs, and put `prune` steps with
+the sizes that they found in its place (`plan/settled.py`): what is carried out, shown and kept in the artifact's
+manifest are those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal, NoReturn, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from gossamer.errors import RecipeError
+from gossamer.models.candidate import Candidate
+from gossamer.models.roles import ModelMap
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.prune.prune import Prune
+from gossamer.techniques.prune.uneven import read_share
+
+Quantity = Literal["latency", "params"]
+
+
+class PruneUntil(Technique):
+    """Cut heads and channels, each block as far as it costs least, until blocks take a share of their time or bytes.
+
+    In a recipe: `- prune_until: {latency: 50%}` or `- prune_until: {params: 80%, what: [ffn]}`, before steps that
+    round: the time is that of the blocks as these steps hold them.
+    """
+
+    name: ClassVar[str] = "prune_until"
+    family: ClassVar[str] = "prune"
+    needs: ClassVar[Needs] = Needs(
+        calibration_rows=Prune.needs.calibration_rows, before=(*Prune.needs.before,), excludes=("prune",)
+    )
+
+    latency: str | None = Field(None, description="share of the time of all blocks that is left, as 50%")
+    params: str | None = Field(None, description="share of the parameters of all blocks that is left, as 80%")
+    what: tuple[Literal["heads", "ffn"], ...] = Field(
+        ("heads", "ffn"), min_length=1, description="what may be cut: heads of attentions, channels (ffn)"
+    )
+
+    @field_validator("latency", "params")
+    @classmethod
+    def _is_a_share(cls, value: str | None) -> str | None:
+        share = read_share(value) if value is not None else 0.5
+        if share is None or not 0 < share < 1:
+            raise ValueError(f"{value!r} is no share between 0% and 100%")
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_goal(self) -> Self:
+        if (self.latency is None) == (self.params is None):
+            raise ValueError("say either `latency` or `params`")
+        return self
+
+    @property
+    def quantity(self) -> Quantity:
+        """Return what is bounded."""
+        return "latency" if self.latency is not None else "params"
+
+    @property
+    def share(self) -> float:
+        """Return the share that may be left."""
+        share = read_share(self.latency or self.params or "")
+        assert share is not None
+        return share
+
+    def label(self) -> str:
+        """Return the goal in a few words: `prune until latency 50%`."""
+        return f"prune until {self.quantity} {self.latency or self.params}"
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Raise RecipeError: what it decides is known only once it is settled."""
+        self._unsettled()
+
+    def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+        """Raise RecipeError, as `resolve` does."""
+        self._unsettled()
+
+    def _unsettled(self) -> NoReturn:
+        raise RecipeError(
+            f"the sizes of `{self.label()}` are found out by measuring",
+            "`gossamer plan` with this recipe finds them; or give them: prune: {what: ffn, to: 50%}",
+        )
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: the planner solves for its goal itself, and proposes the sizes."""
+        yield from ()

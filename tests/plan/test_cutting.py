@@ -1,0 +1,206 @@
+"""How far each block is cut: the best of all sizes that save enough, and what a recipe or a goal becomes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.errors import RecipeError
+from gossamer.goal import parse_goal
+from gossamer.models.roles import Dimension
+from gossamer.plan import block_times as timing
+from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks
+from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
+from gossamer.plan.flow import make_tables
+from gossamer.plan.job import Job
+from gossamer.plan.prepare import Inputs, opened_job, prepare
+from gossamer.plan.proposed_cuts import with_solved_cuts
+from gossamer.plan.settled import settled
+from gossamer.plan.specimens import Workshop, block_kinds
+from gossamer.recipe import Recipe
+from gossamer.run.workspace import Run
+from gossamer.runtimes import get_runtime
+from gossamer.techniques.base import SearchSpace, resolved
+from gossamer.techniques.prune.prune import Prune
+from gossamer.techniques.prune.until import PruneUntil
+from gossamer.techniques.registry import resolve
+
+
+@pytest.fixture
+def graph_job(tiny: Path, tmp_path: Path, ask: Any) -> Iterator[Job]:
+    """Open the tiny job for a runtime that holds blocks of different sizes."""
+    inputs = Inputs(model=tiny / "model", runtime="onnxruntime", **ask(tiny))
+    with Run(tmp_path / "run", {"a": "test"}) as run, opened_job(inputs, prepare(inputs), run) as opened:
+        yield opened
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURNS_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 0.005)
+
+
+def places(count: int, sizes: int) -> tuple[Choice, ...]:
+    return tuple(
+        Choice((Dimension("ffn", f"layer.{m}", "layer", m, sizes),), tuple(range(1, sizes + 1))) for m in range(count)
+    )
+
+
+@given(data=st.data(), count=st.integers(1, 4), sizes=st.integers(2, 4))
+@settings(max_examples=40, deadline=None)
+def test_sizes_are_the_best_of_all_that_save_enough(data: st.DataObject, count: int, sizes: int) -> None:
+    numbers = st.lists(st.integers(1, 50), min_size=sizes - 1, max_size=sizes - 1)
+    curves = [[*sorted(np.cumsum(data.draw(numbers)).tolist(), reverse=True), 0] for _ in range(2 * count)]
+    losses, saved = np.array(curves[:count]) / 7.0, np.array(curves[count:], dtype=np.int64)
+    found = Cutting(places(count, sizes), losses)
+    needed = data.draw(st.integers(0, int(saved.max(axis=1).sum())))
+    chosen = found.best(saved, needed)
+    assert chosen is not None
+    assert found.total(saved, chosen) >= needed
+    rows = np.arange(count)
+    every = [list(options) for options in itertools.product(range(sizes), repeat=count)]
+    best = min(losses[rows, options].sum() for options in every if saved[rows, options].sum() >= needed)
+    assert found.loss(chosen) <= best * 1.001 + 1e-9
+    assert found.best(saved, int(saved.max(axis=1).sum()) + 1) is None
+
+
+def test_what_one_number_of_the_config_says_is_one_choice(graph_job: Job) -> None:
+    model = graph_job.model
+    graph, folder = choices_of(model, get_runtime("onnxruntime")), choices_of(model, get_runtime("torch"))
+    assert [len(choice.dimensions) for choice in graph] == [1, 1, 1, 1]
+    assert [len(choice.dimensions) for choice in folder] == [2]  # no config says fewer heads of a BERT
+    assert {one.kind for choice in folder for one in choice.dimensions} == {"ffn"}
+    alike = dict.fromkeys(folder[0].dimensions, 64)
+    assert as_steps(alike, model) == (Prune(what="ffn", to=64),)
+    uneven = dict(zip(folder[0].dimensions, (64, 32), strict=True))
+    (step,) = as_steps(uneven, model)
+    assert step.sizes(model) == uneven
+
+
+def test_losses_are_remembered_and_parameters_counted(graph_job: Job) -> None:
+    found = cutting(graph_job)
+    assert found is not None
+    assert (np.diff(found.losses, axis=1) <= 0).all()
+    assert (found.losses[:, -1] == 0).all()
+    assert (found.losses[:, 0] > 0).all()
+    again = cutting(graph_job)
+    assert again is not None
+    np.testing.assert_array_equal(found.losses, again.losses)
+    assert [entry["kind"] for entry in graph_job.run.journal() if entry["event"] == "reused"] == ["cut-losses"]
+    count = counted_by_size(graph_job.model, "params")
+    (first,) = found.choices[0].dimensions
+    whole = resolved(graph_job.model, ())[1].num_parameters
+    assert count(first, first.size) == whole
+    assert count(first, 64) == resolved(graph_job.model, as_steps({first: 64}, graph_job.model))[1].num_parameters
+
+
+def test_a_goal_in_a_recipe_becomes_sizes_that_meet_it(graph_job: Job) -> None:
+    text = "- prune_until: {params: 70%, what: [ffn]}\n- quantize: {activations: dynamic}\n"
+    steps = settled(graph_job, tuple(resolve(Recipe.from_yaml(text))))
+    assert [step.name for step in steps] == ["prune", "quantize"]
+    inside = [layer for layer in graph_job.model.layers if layer.stack is not None]
+    after = resolved(graph_job.model, steps)[1]
+    left = sum(layer.num_parameters for layer in after.layers if layer.stack is not None)
+    assert 0.6 < left / sum(layer.num_parameters for layer in inside) <= 0.7
+    untouched = tuple(resolve(Recipe.from_yaml("- quantize: {bits: 8}\n")))
+    assert settled(graph_job, untouched) is untouched
+
+
+def test_a_goal_that_is_out_of_reach_says_how_near_it_comes(graph_job: Job) -> None:
+    with pytest.raises(RecipeError, match=r"`prune until params 10%` cannot be reached: .* 3\d% of the blocks' 6"):
+        settled(graph_job, (PruneUntil(params="10%", what=("ffn",)),))
+    with pytest.raises(RecipeError, match="the sizes of `prune until latency 50%` are found out by measuring"):
+        PruneUntil(latency="50%").resolve(graph_job.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either `latency` or `params`"),
+        ({"latency": "50%", "params": "50%"}, "either `latency` or `params`"),
+        ({"latency": "150%"}, "'150%' is no share between 0% and 100%"),
+        ({"params": "half"}, "'half' is no share between 0% and 100%"),
+        ({"params": "50%", "what": ["layers"]}, "'heads' or 'ffn'"),
+    ],
+)
+def test_goals_that_mean_nothing_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruneUntil(**settings)
+
+
+def test_a_row_of_blocks_computes_what_the_model_does_and_is_cut_alone(graph_job: Job) -> None:
+    (kind,) = block_kinds(graph_job.model, graph_job.runtime)
+    assert {place: [one.size for one in each] for place, each in kind.places.items()} == {
+        "ffn": [128, 128], "heads attention": [2, 2],
+    }  # fmt: skip
+    workshop = Workshop(graph_job, kind)
+    whole = workshop.specimen(None, 0, [])
+    stack = graph_job.candidate().module.get_submodule(kind.stack)
+    hidden = torch.from_numpy(whole.inputs["x"])
+    with torch.no_grad():
+        found = whole.candidate.module(hidden)
+        for block, call in zip(stack, workshop.calls, strict=True):
+            hidden = call.__class__((hidden, *call.args[1:]), call.kwargs)(block)
+            hidden = hidden if isinstance(hidden, torch.Tensor) else hidden[0]
+    torch.testing.assert_close(found, hidden)
+    one_head = workshop.specimen("heads attention", 1, [])
+    shapes = {name: tuple(value.shape) for name, value in one_head.candidate.module.named_parameters()}
+    assert shapes["blocks.1.attention.self.query.weight"] == (32, 64)
+    assert shapes["blocks.1.intermediate.dense.weight"] == (128, 64)
+    with torch.no_grad():
+        assert one_head.candidate.module(torch.from_numpy(whole.inputs["x"])).shape == found.shape
+
+
+def test_the_table_of_times_is_measured_once(job: Job, briefly: None) -> None:
+    del briefly
+    tables = block_times(job, {})
+    assert [(table.stack, table.blocks, table.format) for table in tables] == [("bert.encoder.layer", (0, 1), FLOAT)]
+    (table,) = tables
+    sizes = [size for size, _ in table.cut["ffn"]]
+    seconds = [taken for _, taken in table.cut["ffn"]]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 128
+    assert seconds == sorted(seconds)
+    assert table.of({"ffn": 128}) == table.seconds
+    assert table.of({"ffn": sizes[0]}) <= table.of({"ffn": 100}) <= table.seconds
+    assert block_times(job, {}) == tables
+    assert [entry["kind"] for entry in job.run.journal() if entry["event"] == "reused"] == ["block-times"]
+
+
+def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:
+    model = graph_job.model
+    table = BlockTimes(
+        stack="bert.encoder.layer", blocks=(0, 1), format=FLOAT, seconds=3.0,
+        cut={"ffn": ((8, 1.0), (128, 3.0)), "heads attention": ((1, 2.0), (2, 3.0))},
+    )  # fmt: skip
+    _, after = resolved(model, [Prune(what="ffn", to={"0": 8}), Prune(what="heads", to=1)])  # type: ignore[arg-type]
+    change, covered = change_of_blocks([table], model, after, [])
+    assert change == pytest.approx((1.0 + 2.0 - 3.0 - 3.0 + 0.06) + (2.0 - 3.0))  # a block is never for nothing
+    assert "bert.encoder.layer.1.output.dense" in covered
+    assert "classifier" not in covered
+    _, fewer = resolved(model, [Prune(what="layers", remove=1)])
+    assert change_of_blocks([table], model, fewer, [])[0] == -3.0
+
+
+def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
+    goal = parse_goal("params <= 60%")
+    tables, _ = make_tables(graph_job, goal)
+    space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
+                        wanted=frozenset(("params",)))  # fmt: skip
+    shares = list(Prune.candidates(space))
+    found = with_solved_cuts(graph_job, goal, tables, space, shares)
+    assert [steps for steps in found if all(isinstance(s, Prune) and s.what == "layers" for s in steps)]
+    solved = [steps for steps in found if steps not in shares]
+    assert solved
+    for steps in solved:
+        after = resolved(graph_job.model, steps)[1]
+        assert after.num_parameters <= 0.6 * graph_job.model.num_parameters
+        assert not any(isinstance(step.to, str) for step in steps if isinstance(step, Prune))
