@@ -170,7 +170,7 @@ def _dimension(module: nn.Module, layers: Mapping[str, LayerInfo], axes: _Axes, 
         layer.stack for layer in layers.values() if layer.stack and axes.root(axes.output(layer.name)) == root
     )
     name = ", ".join(stack for stack in stacks if stack)
-    return Dimension("width", name, next(iter(stacks)) or "", None, axes.size(root), members, tuple(readers))
+    return Dimension("width", name, next(iter(stacks), None) or "", None, axes.size(root), members, tuple(readers))
 
 
 def _said_by_config(module: nn.Module, found: Sequence[Dimension]) -> Iterator[Dimension]:

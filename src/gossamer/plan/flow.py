@@ -24,7 +24,7 @@ from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
 from gossamer.plan.proposed_cuts import tables_of_blocks, with_solved_cuts
-from gossamer.plan.ranking import time_budget
+from gossamer.plan.ranking import time_budget, upper_bounds
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
 from gossamer.plan.search import Found, Search, prove
