@@ -146,7 +146,7 @@ def losses(module: nn.Module, calibration: list[Batch]) -> Iterator[Tensor]:
         yield nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets["labels"]))
 
 
-def latency(model: str, train: str, test: str, out: Path, threads: int) -> None:
+def latency(model: str, train: str, test: str, out: Path, threads: int, shares: list[str]) -> None:
     """Print predicted and measured latencies, parameters and operations of a model cut to each share."""
     given: dict[str, Any] = {"task": "image-classification", "runtime": "onnxruntime", "threads": threads}
     if model.endswith(".py"):
@@ -155,8 +155,8 @@ def latency(model: str, train: str, test: str, out: Path, threads: int) -> None:
         rows = enlarged(test, 256, network)
         given |= {"data": rows[:128], "evaluation": rows[128:], "calibration_rows": 64}
     else:
-        given |= {"model": model, "data": train, "evaluation": test, "evaluation_rows": 1000}
-    for share in SHARES:
+        given |= {"model": model, "data": train, "evaluation": test, "evaluation_rows": 1000, "calibration_rows": 64}
+    for share in shares:
         folder = out / f"{Path(model).stem}-{share.rstrip('%')}"
         recipe = Recipe(steps=(Step(technique="prune", settings={"what": "channels", "to": share}),))
         goal = "latency <= 100%, quality >= 1%"
@@ -209,11 +209,12 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shares", nargs="+", default=list(SHARES))
     asked = parser.parse_args()
     if asked.what == "quality":
         quality(asked.model, asked.train, asked.test)
     else:
-        latency(asked.model, asked.train, asked.test, asked.out, asked.threads)
+        latency(asked.model, asked.train, asked.test, asked.out, asked.threads, asked.shares)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ class Flattened(nn.Module):
 class Grouped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.three = conv(3, 8), conv(8, 20, groups=4), conv(20, 6, groups=2)
-        self.head = nn.Linear(6, 5)
+        self.one, self.two, self.three = conv(3, 8), conv(8, 20, groups=4), conv(20, 12, groups=2)
+        self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.three(self.two(self.one(x))).mean((2, 3)))
@@ -131,7 +131,7 @@ NETWORKS: dict[Callable[[], nn.Module], dict[str, int]] = {  # -> its dimensions
     Separable: {"stem.0": 6, "expand.0": 12, "squeeze": 4},
     Joined: {"first.0": 8, "second.0": 10, "up.0": 8, "left.0": 4, "right.0": 6},
     Flattened: {"one.0": 8, "two.0": 6, "hidden": 10},
-    Grouped: {"one.0": 2, "two.0": 5, "three.0": 3},
+    Grouped: {"one.0": 2, "two.0": 5, "three.0": 6},
     Signal: {"one": 8, "two": 6},
     Mixed: {"four": 6},
 }
