@@ -133,7 +133,7 @@ def counted(tokenizer: Tokenizer, texts: list[str]) -> Counter[int]:
 def cut(tokenizer: Tokenizer, texts: list[str], size: int | None = None) -> tuple[Tokenizer, tuple[int, ...]]:
     """Return the tokenizer with the tokens of some texts, and the old numbers of those that stay."""
     vocabulary = Vocabulary(json.loads(tokenizer.to_str()))
-    kept = vocabulary.chosen(counted(tokenizer, texts), least=1, size=size, keep=vocabulary.held)
+    kept = vocabulary.chosen(counted(tokenizer, texts), vocabulary.held, least=1, size=size)
     return Tokenizer.from_str(json.dumps(trimmed_tokenizer(vocabulary, kept))), kept
 
 
@@ -194,7 +194,7 @@ def test_so_many_tokens_stay_as_are_asked_for(kind: Any) -> None:
     least, most = len(vocabulary.held), before.get_vocab_size()
     counts = counted(before, DOMAIN)
     for size in {least, least + 1, least + 17, (least + most) // 2, most - 1, most}:
-        kept = vocabulary.chosen(counts, least=1, size=size, keep=())
+        kept = vocabulary.chosen(counts, vocabulary.held, least=1, size=size)
         assert len(kept) == size
         assert vocabulary.held <= set(kept)
         after = Tokenizer.from_str(json.dumps(trimmed_tokenizer(vocabulary, kept)))
@@ -205,7 +205,7 @@ def test_so_many_tokens_stay_as_are_asked_for(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [byte_level, word_ends, many_ways])
 def test_every_token_that_stays_can_still_come_about(kind: Any) -> None:
     vocabulary = Vocabulary(json.loads(made(kind).to_str()))
-    kept = vocabulary.chosen(counted(made(kind), DOMAIN), least=1, size=None)
+    kept = vocabulary.chosen(counted(made(kind), DOMAIN), vocabulary.held, least=1, size=None)
     after = Vocabulary(trimmed_tokenizer(vocabulary, kept))
     for number, word in vocabulary.words.items():
         if number in kept and number not in vocabulary.added and vocabulary.needed(number) != {number}:
@@ -222,16 +222,37 @@ def test_the_way_to_a_token_is_the_one_that_joining_takes() -> None:
     assert lonely.needed(5) == {5}, "ab c is joined no further: abc never comes about"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_the_fewest_that_spell_a_token(kind: Any) -> None:
+    """Beside every way to cut it, tried one by one."""
+    vocabulary = Vocabulary(json.loads(made(kind).to_str()))
+    words = set(random.Random(0).sample(sorted(vocabulary.numbers), len(vocabulary.numbers) // 2))
+    for number, word in list(vocabulary.words.items())[::7]:
+        symbols = vocabulary._symbols(word)
+        if len(symbols) > 9:
+            continue
+        fewest = len(symbols) + 1
+        for borders in range(1, 1 << (len(symbols) - 1)):
+            parts = [symbols[0]]
+            for place, symbol in enumerate(symbols[1:]):
+                parts = (
+                    [*parts, symbol] if borders >> place & 1 else [*parts[:-1], vocabulary.joined(parts[-1], symbol)]
+                )
+            fewest = min(fewest, len(parts)) if words.issuperset(parts) else fewest
+        assert vocabulary.pieces(number, words) == fewest
+
+
 def test_frequent_tokens_stay_before_rare_ones_and_low_numbers_before_high() -> None:
     words = {"[UNK]": 0, "a": 1, "##a": 2, "aa": 3, "aaa": 4, "##aa": 5, "aaaa": 6}
     vocabulary = Vocabulary({"model": {"type": "WordPiece", "vocab": words, "unk_token": "[UNK]",
                                        "continuing_subword_prefix": "##"}})  # fmt: skip
     assert vocabulary.held == {0, 1, 2}
     counts = {6: 2, 5: 9, 3: 1}
-    assert vocabulary.chosen(counts, least=1, size=4) == (0, 1, 2, 5)
-    assert vocabulary.chosen(counts, least=1, size=5) == (0, 1, 2, 5, 6)
-    assert vocabulary.chosen(counts, least=3, size=5) == (0, 1, 2, 3, 5)
-    assert vocabulary.chosen(counts, least=2, size=None) == (0, 1, 2, 5, 6)
+    assert vocabulary.chosen(counts, vocabulary.held, least=1, size=4) == (0, 1, 2, 5)
+    assert vocabulary.chosen(counts, vocabulary.held, least=1, size=5) == (0, 1, 2, 5, 6)
+    assert vocabulary.chosen({6: 2, 3: 3}, vocabulary.held, least=1, size=4) == (0, 1, 2, 6), "aaaa takes three, aa two"
+    assert vocabulary.chosen(counts, vocabulary.held, least=3, size=5) == (0, 1, 2, 3, 5)
+    assert vocabulary.chosen(counts, vocabulary.held, least=2, size=None) == (0, 1, 2, 5, 6)
 
 
 def test_other_kinds_are_refused_by_name() -> None:
@@ -255,7 +276,7 @@ def test_settings_that_are_numbers_of_tokens_are_found_at_any_depth() -> None:
 
 def test_all_files_that_number_tokens_are_rewritten() -> None:
     vocabulary = Vocabulary(json.loads(made(byte_level).to_str()))
-    kept = vocabulary.chosen({}, least=1, size=None)
+    kept = vocabulary.chosen({}, vocabulary.held, least=1, size=None)
     last = kept[-1]
     files = {
         "tokenizer.json": b"",

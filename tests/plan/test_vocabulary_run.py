@@ -124,6 +124,23 @@ def test_an_effect_is_measured_on_rows_that_were_not_counted(texts: Path, tmp_pa
         assert sum(job.model.words.counts.values()) - sum(apart.counts.values()) == calibrating
 
 
+def test_a_model_that_is_read_piece_by_piece_gives_the_same_files(
+    texts: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    def built(name: str) -> tuple[bytes, ...]:
+        inputs = Inputs(model=texts / "model", **given(texts, runtime="torch"))
+        with Run(tmp_path / name, {"a": "test"}) as run, opened_job(inputs, prepare(inputs), run) as job:
+            assert (job.budget is not None) == (name == "streamed")
+            folder = build_artifact(job, (Vocabulary(to=150), Quantize())).folder / "artifact"
+            return tuple(
+                (folder / name).read_bytes() for name in ("model.safetensors", "tokenizer.json", "config.json")
+            )
+
+    whole = built("whole")
+    request.getfixturevalue("tight")
+    assert built("streamed") == whole
+
+
 def test_what_a_candidate_computes_is_what_the_original_does_on_known_tokens(job: Job) -> None:
     candidate, _ = apply_steps(job, (Vocabulary(),))
     reading = job.read_by(candidate.source)

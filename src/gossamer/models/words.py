@@ -66,22 +66,28 @@ class Words:
 
     @cached_property
     def held(self) -> frozenset[int]:
-        """Return the tokens that must stay: the tokenizer's, and those that config.json names."""
-        known = set(self.vocabulary.tokens)
-        config = json.loads(self.source.beside.read("config.json"))
-        return self.vocabulary.held | (set(token_ids(config)) & known)
+        """Return the tokens that must stay: the tokenizer's, those that its class calls special, and the configs'."""
+        found = set(getattr(self.source.processor(), "all_special_ids", ()))
+        for name in ("config.json", "generation_config.json"):
+            if name in self.source.beside.names:
+                found |= set(token_ids(json.loads(self.source.beside.read(name))))
+        return self.vocabulary.held | (found & set(self.vocabulary.tokens))
 
     @cached_property
     def num_bytes(self) -> int:
         """Return the bytes of the files that ship beside the weights."""
         return sum(len(self.source.beside.read(name)) for name in self.source.beside.names)
 
+    def must(self, keep: tuple[str, ...]) -> frozenset[int]:
+        """Return the tokens that must stay together with those of some texts, and what these need to come about."""
+        texts = set().union(*map(self.numbers_of, keep))
+        return self.held.union(*map(self.vocabulary.needed, texts))
+
     def chosen(self, least: int, size: int | None, keep: tuple[str, ...] = ()) -> tuple[int, ...]:
         """Return the numbers of the tokens that stay, in order; see `Vocabulary.chosen`. `keep` are texts."""
         key = (least, size, keep)
         if key not in self._chosen:
-            ids = self.held.union(*(self.numbers_of(text) for text in keep))
-            self._chosen[key] = self.vocabulary.chosen(self.counts, least=least, size=size, keep=ids)
+            self._chosen[key] = self.vocabulary.chosen(self.counts, self.must(keep), least=least, size=size)
         return self._chosen[key]
 
     def numbers_of(self, text: str) -> set[int]:

@@ -240,11 +240,18 @@ def test_it_is_proposed_where_rounding_does_not_reach(folders: dict[str, Path]) 
 
     assert proposed({"quality", "latency"}) == []
     assert proposed({"quality", "size"}, size=0.6) == []
-    tight = proposed({"quality", "size"}, size=0.16)
-    assert tight[0] == "vocabulary of the rows"
-    assert len(tight) <= 5
-    assert proposed({"params"}, params=0.7) == tight
-    assert proposed({"size"}) == tight
+    assert proposed({"size"}) == ["vocabulary of the rows"]
+    assert proposed({"quality", "size"}, size=0.24) == ["vocabulary of the rows"], "there is room for them"
+    model = opened(folders["bert"], texts=CORPUS)[1]
+    (tight,) = proposed({"quality", "size"}, size=0.24)
+    share = float(tight.removeprefix("vocabulary to ").removesuffix("%")) / 100
+    left = resolved(model, [Vocabulary(to=f"{share:.0%}")])[1]
+    assert model.words is not None
+    assert left.words is not None
+    bytes_of = {one: one.words.num_bytes + one.num_parameters for one in (model, left) if one.words is not None}
+    whole = model.words.num_bytes + 4 * model.num_parameters
+    assert 0.9 < bytes_of[left] / (0.24 * whole) < 1.1 < bytes_of[model] / (0.24 * whole)
+    assert len(proposed({"params"}, params=0.8)) == 1
 
 
 def test_a_later_cut_of_the_same_recipe_sees_the_smaller_model(folders: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ take their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from gossamer.errors import GossamerError, RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import QuantSpec
 from gossamer.models.reduction import reduced, reduced_map
-from gossamer.models.roles import Cut, Dimension, ModelMap
+from gossamer.models.roles import Cut, Dimension, LayerInfo, ModelMap
 from gossamer.models.stock import Change, changed_config
 from gossamer.models.tokenizer_files import renumbered
 from gossamer.models.words import Words
@@ -36,7 +36,8 @@ from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 
 MIN_SHARE = 0.1  # of all parameters: where tokens take less, cutting them gains little
-PROPOSED = ("35%", "22%", "15%", "10%")  # besides all tokens that the rows hold
+SLACK = 0.002  # of the bound: headers and a graph's own bytes are not counted
+FLOAT_BYTES = 4
 ROUNDING = 1e-4  # of the largest output: the cut model may differ so much on tokens that stay
 
 
@@ -105,7 +106,7 @@ class Vocabulary(Technique):
             )
         size = self._size(rows)
         if size is not None:
-            least = len(words.held.union(*map(words.numbers_of, self.keep)))
+            least = len(words.must(self.keep))
             most = min(len(tokens), rows - 1)
             if not least <= size <= most:
                 raise RecipeError(
@@ -130,9 +131,9 @@ class Vocabulary(Technique):
         words = words_of(model).trimmed(kept, one.attributes or ())
         module = candidate.module
         assert isinstance(module, PreTrainedModel)
-        sample = _sample(context.calibration, kept) if candidate.weights is None else None
-        expected = _computed(candidate, context, sample) if sample is not None else None
         new = {old: number for number, old in enumerate(kept)}
+        samples = _samples(context.calibration, new) if candidate.weights is None else None
+        expected = _computed(candidate, context, samples[0]) if samples is not None else None
         values = module.config.to_dict()
         renamed = {(name,): found for name, found in renumbered(values, new).items() if found != values[name]}
         module.config = changed_config(module.config, Change(renamed))  # type: ignore[arg-type]
@@ -141,33 +142,32 @@ class Vocabulary(Technique):
             module.generation_config = type(generation).from_dict(renumbered(generation.to_dict(), new))
         smaller = reduced(candidate, {one: kept})
         smaller.source = words.source
-        if sample is not None and expected is not None:
-            found = _computed(smaller, context, {**sample, "input_ids": _renamed(sample["input_ids"], new)})
+        if samples is not None and expected is not None:
+            found = _computed(smaller, context, samples[1])
             _check_same(expected if expected.shape == found.shape else expected[..., list(kept)], found)
         smaller.applied.append(self.entry())
         return smaller
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield all tokens of the rows, and fewer, where a goal bounds bytes or parameters below what rounding reaches.
+        """Yield as many tokens as a goal leaves room for where rounding alone does not meet it.
 
-        Eight bits are what rounding reaches at next to no loss; a goal that they meet needs no other tokens.
+        Eight bits are what rounding reaches at next to no loss; a goal that they meet needs no other tokens. There may
+        be room for some with all weights as they are, and for more with all of them in 8 bits.
         """
-        if space.calibration_rows < 1 or not _too_tight(space):
-            return
         try:
-            whole = cls.model_validate({})
-            most, rows = len(whole.kept(space.model)), vocabulary_of(space.model).size
-            fewer = [cls.model_validate({"to": share}) for share in PROPOSED]
-            held = len(words_of(space.model).held)
-        except GossamerError:
+            sizes = sorted(_room(space), reverse=True)
+            if not sizes:
+                return
+            words, rows = words_of(space.model), vocabulary_of(space.model).size
+            used = len(words.chosen(1, None))
+        except GossamerError:  # its tokens cannot be others
             return
-        yield (whole,)
-        for step in fewer:
-            size = step._size(rows)
-            assert size is not None
-            if held <= size < most:
-                yield (step,)
+        if used <= sizes[0] and used < rows:
+            yield (cls.model_validate({}),)
+        for percent in dict.fromkeys(100 * size // rows for size in sizes if size < used):
+            if len(words.held) <= round(rows * percent / 100):
+                yield (cls.model_validate({"to": f"{percent}%"}),)
 
 
 def words_of(model: ModelMap) -> Words:
@@ -187,36 +187,48 @@ def vocabulary_of(model: ModelMap) -> Dimension:
     return found
 
 
-def _too_tight(space: SearchSpace) -> bool:
-    """Say whether fewer tokens are wanted: by parameters, or by fewer bytes than 8 bits for all weights take."""
+def _room(space: SearchSpace) -> set[int]:
+    """Return how many tokens a goal leaves room for, with all weights as they are and in 8 bits; nothing if for all."""
     one = next((one for one in space.model.dimensions if one.kind == "vocabulary"), None)
-    if one is None or space.model.words is None or not space.wanted & {"size", "params"}:
-        return False
+    if one is None or not space.wanted & {"size", "params"} or space.calibration_rows < 1:
+        return set()
     layers = [layer for layer in space.model.layers if layer.tied_to is None]
-    if space.model.layer(one.name).num_parameters < MIN_SHARE * space.model.num_parameters:
-        return False
-    if "params" in space.wanted or "size" not in space.bounds:
-        return True
-    rounded = QuantSpec(bits=8)
-    bytes_of = space.runtime.stored_bytes
-    small = sum(
-        bytes_of(layer.role, layer.shape, rounded if layer.kind in ("linear", "embedding") else None, 4)
+    names = {member.parameter.removesuffix(".weight") for member in one.members}
+    cut = [layer for layer in layers if layer.name in names]
+    inside, total = sum(layer.num_parameters for layer in cut), space.model.num_parameters
+    if inside < MIN_SHARE * total:
+        return set()
+    if not space.bounds.keys() & {"size", "params"}:
+        return {one.size}  # the fewer the better
+    beside, share = words_of(space.model).num_bytes, space.bounds.get("size", 1.0) - SLACK
+    room = []
+    for spec in (None, QuantSpec(bits=8)):
+        over = beside + _bytes(space, layers, spec) - share * (beside + _bytes(space, layers, None))
+        room.append(int(one.size * (1 - over / (beside + _bytes(space, cut, spec)))))
+    most = int(one.size * (1 - (1 - space.bounds.get("params", 1.0)) * total / inside))
+    found = {min(most, size) for size in ([one.size] if room[1] >= one.size else room)}
+    return {size for size in found if 0 < size < one.size}
+
+
+def _bytes(space: SearchSpace, layers: Sequence[LayerInfo], spec: QuantSpec | None) -> int:
+    """Return what layers take in the runtime's files, linear ones and embeddings on some grid."""
+    return sum(
+        space.runtime.stored_bytes(
+            layer.role, layer.shape, spec if layer.kind in ("linear", "embedding") else None, FLOAT_BYTES
+        )
         for layer in layers
     )
-    return small > space.bounds["size"] * sum(bytes_of(layer.role, layer.shape, None, 4) for layer in layers)
 
 
-def _sample(batches: Sequence[Batch], kept: tuple[int, ...]) -> dict[str, Tensor] | None:
-    """Return the inputs of the first batch of which all tokens stay, None where no batch is so."""
-    stays = set(kept)
-    for batch in batches:
-        if "input_ids" in batch.inputs and stays.issuperset(batch.inputs["input_ids"].flatten().tolist()):
-            return {name: torch.from_numpy(values) for name, values in batch.inputs.items()}
-    return None
-
-
-def _renamed(ids: Tensor, new: dict[int, int]) -> Tensor:
-    return torch.tensor([new[number] for number in ids.flatten().tolist()]).view(ids.shape)
+def _samples(batches: Sequence[Batch], new: Mapping[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """Return inputs of tokens that all stay, in old and in new numbers: the first batch's, others in place of some."""
+    if not batches or "input_ids" not in batches[0].inputs:
+        return None
+    inputs = {name: torch.from_numpy(values) for name, values in batches[0].inputs.items()}
+    stand_in, shape = min(new), inputs["input_ids"].shape
+    old = [number if number in new else stand_in for number in inputs["input_ids"].flatten().tolist()]
+    before, after = torch.tensor(old).view(shape), torch.tensor([new[number] for number in old]).view(shape)
+    return {**inputs, "input_ids": before}, {**inputs, "input_ids": after}
 
 
 def _computed(candidate: Candidate, context: Context, inputs: dict[str, Tensor]) -> Tensor:
