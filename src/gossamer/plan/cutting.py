@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Cuttable, Dimension, ModelMap
-from gossamer.plan.allocation import allocate
+from gossamer.plan.allocation import NUM_SAMPLES, allocate
 from gossamer.plan.block_times import BlockTimes
 from gossamer.plan.job import Job, tensors_of
 from gossamer.plan.specimens import place_of, said_together, sizes_of
@@ -36,7 +36,6 @@ from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ORDER: tuple[Cuttable, ...] = ("heads", "ffn")  # one step each, in this order
-NUM_SAMPLES = 32  # that losses are predicted from
 UNIT_SECONDS = 1e-9  # savings are counted in whole numbers
 
 
