@@ -14,29 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Cuttable, Dimension, ModelMap
-from gossamer.plan.allocation import allocate
+from gossamer.plan.allocation import NUM_SAMPLES, allocate
 from gossamer.plan.block_times import BlockTimes
 from gossamer.plan.job import Job, tensors_of
 from gossamer.plan.specimens import place_of, said_together, sizes_of
 from gossamer.runtimes.base import Runtime
 from gossamer.tasks.base import spread
-from gossamer.techniques.prune.curves import loss_curve, temperature
+from gossamer.techniques.prune.curves import loss_curve
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.quantize.sensitivity import sensitivities
 
 ORDER: tuple[Cuttable, ...] = ("heads", "ffn")  # one step each, in this order
-NUM_SAMPLES = 32  # that losses are predicted from
 UNIT_SECONDS = 1e-9  # savings are counted in whole numbers
 
 
@@ -134,11 +131,8 @@ def _curves(job: Job, places: Sequence[tuple[Dimension, Sequence[int]]]) -> list
     readers = {one.readers[0]: layers[one.readers[0]] for one, _ in places}
     modules = {name: candidate.module.get_submodule(layer.name) for name, layer in readers.items()}
     samples = [tensors_of(batch.inputs) for batch in spread(job.calibration, NUM_SAMPLES)]
-    passed = partial(job.source.forward, candidate.module, output=job.task.output)
-    with torch.no_grad():
-        divisor = temperature(passed(inputs) for inputs in samples)
-    softened = lambda _, inputs: passed(inputs) / divisor  # noqa: E731
-    found = sensitivities(candidate.module, softened, samples, modules, seed=job.seed)
+    forward = lambda module, inputs: job.source.forward(module, inputs, job.task.output)  # noqa: E731
+    found = sensitivities(candidate.module, forward, samples, modules, seed=job.seed)
     curves: list[list[float]] = []
     with job.progress.stage("what each size is predicted to lose", len(places)) as advance:
         for one, sizes in places:

@@ -8,7 +8,10 @@ latency) gets a few shares of the blocks' time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gossamer.goal import Constraint, Goal
 from gossamer.models.roles import Dimension
@@ -29,11 +32,10 @@ from gossamer.techniques.base import Decision, SearchSpace, resolved
 from gossamer.techniques.prune.prune import LESS_WORK, Prune
 from gossamer.techniques.quantize.quantize import Quantize
 
-TIMED = frozenset(("latency", "throughput"))
+TIMED, COUNTED = frozenset(("latency", "throughput")), frozenset(("params", "flops"))
 MARGINS = (0.94, 0.85)  # of the bound: what is solved for
 SHARES = (0.75, 0.5, 0.35)  # of the blocks' time, where the goal has no bound
 LEAST_ROWS = 4 * Prune.needs.calibration_rows
-Saved = tuple[str, int]  # format or quantity, hundredths of all that can be saved
 
 
 def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
@@ -52,61 +54,65 @@ def with_solved_cuts(job: Job, goal: Goal, tables: Tables, space: SearchSpace, f
     if not space.wanted & LESS_WORK or space.calibration_rows < LEAST_ROWS:
         return list(found)
     choices = cutting(job)
-    uncut = [steps for steps in found if not any(isinstance(step, Prune) for step in steps)]
-    solved = list(dict.fromkeys(_solved(goal, tables, space, uncut, choices))) if choices is not None else []
-    if not solved or choices is None:
+    if choices is None:
+        return list(found)
+    solver, solved = _Solver(goal, tables, choices), dict[Steps, None]()
+    for steps in ((), *(one for one in found if not any(isinstance(step, Prune) for step in one))):
+        together = [joined(cuts, steps, space) if steps else cuts for cuts in solver.cuts(steps)]
+        solved |= {one: None for one in together if one is not None}
+    if not solved:
         return list(found)
     kinds = {one.kind for choice in choices.choices for one in choice.dimensions}
     fixed = [steps for steps in found if not any(isinstance(step, Prune) and step.what in kinds for step in steps)]
     return [*fixed, *solved]
 
 
-def _solved(
-    goal: Goal, tables: Tables, space: SearchSpace, uncut: Sequence[Steps], choices: Cutting
-) -> Iterator[Steps]:
-    known: dict[Saved, tuple[Prune, ...] | None] = {}
-    for steps in ((), *uncut):
-        for cuts in _cuts(goal, tables, steps, choices, known):
-            together = joined(cuts, steps, space) if steps else cuts
-            if together is not None:
-                yield together
+class _Solver:
+    """Solve for one goal; sizes that several recipes ask for are found once."""
 
+    def __init__(self, goal: Goal, tables: Tables, choices: Cutting) -> None:
+        self.goal = goal
+        self.tables = tables
+        self.choices = choices
+        self.saved: dict[str, NDArray[np.int64]] = {}  # format or count -> what each size of each choice saves
+        self.known: dict[tuple[str, int], tuple[Prune, ...]] = {}  # and hundredths of all that can be saved
 
-def _cuts(
-    goal: Goal, tables: Tables, steps: Steps, choices: Cutting, known: dict[Saved, tuple[Prune, ...] | None]
-) -> Iterator[tuple[Prune, ...]]:
-    """Yield the cuts that bring one recipe to the goal; `known` keeps those that others asked for."""
-    decisions, after = resolved(tables.model, steps)
-    label = None if any(one.dtype for one in decisions) else common_format(tables.blocks, tables, decisions)
-    for quantity, needed in _needed(goal, tables, predicted_latency(tables, decisions, after), label):
-        of = (
-            seconds_by_size(tables.blocks, label or "")
-            if quantity in TIMED
-            else counted_by_size(tables.model, quantity)
-        )
-        saved = choices.saved(of)
-        total = max(1, int(saved.max(axis=1).sum()))
-        key = (f"{label}" if quantity in TIMED else quantity, round(100 * needed / total))
-        if key not in known:
-            sizes = choices.best(saved, needed) if needed > 0 else {}
-            known[key] = as_steps(sizes, tables.model) if sizes else None
-        if (cuts := known[key]) is not None:
-            yield cuts
+    def cuts(self, steps: Steps) -> Iterator[tuple[Prune, ...]]:
+        """Yield the cuts that bring a recipe to the goal, alone or together with it."""
+        for quantity, needed in self._needed(steps):
+            if quantity not in self.saved:
+                counted = quantity in COUNTED
+                of = counted_by_size(self.tables.model, quantity) if counted else self._seconds(quantity)
+                self.saved[quantity] = self.choices.saved(of)
+            saved = self.saved[quantity]
+            key = quantity, round(100 * needed / max(1, int(saved.max(axis=1).sum())))
+            if key not in self.known:
+                sizes = self.choices.best(saved, needed) if needed > 0 else None
+                self.known[key] = as_steps(sizes, self.tables.model) if sizes else ()
+            if self.known[key]:
+                yield self.known[key]
 
+    def _seconds(self, label: str) -> Callable[[Dimension, int], float]:
+        return seconds_by_size(self.tables.blocks, label)
 
-def _needed(goal: Goal, tables: Tables, seconds: float, label: str | None) -> Iterator[tuple[str, float]]:
-    """Yield what is bounded, and how much has to be saved of it, in billionths of a second or as a count."""
-    for bound in goal.constraints:
-        if bound.quantity in TIMED and label is not None:
-            allowed = allowed_seconds(bound, tables)
-            yield from ((bound.quantity, (seconds - margin * allowed) / UNIT_SECONDS) for margin in MARGINS)
-        elif bound.quantity in ("params", "flops"):
-            whole = tables.model.num_parameters if bound.quantity == "params" else 2 * tables.model.macs
-            yield bound.quantity, whole - (bound.bound * whole if bound.relative else bound.bound)
-    objective = goal.objective.quantity if goal.objective is not None else None
-    if objective in TIMED and label is not None and not any(one.quantity in TIMED for one in goal.constraints):
-        blocks = sum(len(one.blocks) * one.seconds for one in tables.blocks if one.format == label)
-        yield from ((str(objective), (1 - share) * blocks / UNIT_SECONDS) for share in SHARES)
+    def _needed(self, steps: Steps) -> Iterator[tuple[str, float]]:
+        """Yield a format or what is counted, and how much has to be saved: billionths of a second, or a count."""
+        decisions, after = resolved(self.tables.model, steps)
+        label = None if any(one.dtype for one in decisions) else common_format(self.tables, decisions)
+        seconds = predicted_latency(self.tables, decisions, after)
+        for bound in self.goal.constraints:
+            if bound.quantity in TIMED and label is not None:
+                allowed = allowed_seconds(bound, self.tables)
+                yield from ((label, (seconds - margin * allowed) / UNIT_SECONDS) for margin in MARGINS)
+            elif bound.quantity in COUNTED:
+                model = self.tables.model
+                whole = model.num_parameters if bound.quantity == "params" else 2 * model.macs
+                yield bound.quantity, whole - (bound.bound * whole if bound.relative else bound.bound)
+        bounded = any(one.quantity in TIMED for one in self.goal.constraints)
+        objective = self.goal.objective.quantity if self.goal.objective is not None else None
+        if objective in TIMED and label is not None and not bounded:
+            blocks = sum(len(one.blocks) * one.seconds for one in self.tables.blocks if one.format == label)
+            yield from ((label, (1 - share) * blocks / UNIT_SECONDS) for share in SHARES)
 
 
 def allowed_seconds(bound: Constraint, tables: Tables) -> float:
@@ -119,12 +125,12 @@ def allowed_seconds(bound: Constraint, tables: Tables) -> float:
     return share * original.p50
 
 
-def common_format(blocks: Sequence[BlockTimes], tables: Tables, decisions: Sequence[Decision]) -> str | None:
+def common_format(tables: Tables, decisions: Sequence[Decision]) -> str | None:
     """Return the format that all blocks get, None where they differ or it was not timed."""
     by_layer: Mapping[str, Decision] = {one.layer.name: one for one in decisions if one.weight is not None}
-    places = {(one.stack, block): one.format for one in blocks for block in one.blocks}
+    places = {(one.stack, block) for one in tables.blocks for block in one.blocks}
     labels = {block_format(layers_of(tables.model, *place), by_layer) for place in places}
-    return labels.pop() if len(labels) == 1 and labels <= {one.format for one in blocks} else None
+    return labels.pop() if len(labels) == 1 and labels <= {one.format for one in tables.blocks} else None
 
 
 def in_words(sizes: Mapping[Dimension, int]) -> str:

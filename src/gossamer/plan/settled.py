@@ -58,9 +58,7 @@ def _cuts(job: Job, step: PruneUntil, then: Steps) -> Steps:
             f"allow {least:.0%} or more, or take out blocks as well: prune: {{what: layers, remove: 1}}",
         )
     left = 1 - choices.total(saved, sizes) / whole
-    job.progress.say(
-        f"{step.label()}: {in_words(sizes)}; predicted: {left:.1%} of {of} left, {choices.loss(sizes):.2g} nats lost"
-    )
+    job.progress.say(f"{step.label()}: {in_words(sizes)}; predicted: {left:.1%} of {of} left")
     return as_steps(sizes, job.model)
 
 

@@ -1,11 +1,11 @@
-"""What each size is predicted to cost: as one solve for each size finds it, and where predictions are certain."""
+"""What each size is predicted to cost, as a solve for each size finds it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from gossamer.techniques.prune.curves import loss_curve, temperature
+from gossamer.techniques.prune.curves import loss_curve
 from gossamer.techniques.prune.units import made_up_for, obs_order
 
 
@@ -26,11 +26,3 @@ def test_one_path_finds_what_a_solve_for_each_size_finds(unit: int) -> None:
         assert loss == pytest.approx(float((outputs_NO.square().mean(0) * fisher_O).sum() / 2), rel=1e-2, abs=1e-5)
     assert found == sorted(found, reverse=True)
     assert found[-1] == 0
-
-
-def test_predictions_are_softened_until_they_are_not_certain() -> None:
-    certain, open_ = torch.tensor([[8.0, -8.0]] * 4), torch.zeros(4, 50)
-    assert temperature([open_]) == 1.0
-    assert temperature([certain]) == 8.0  # 1 - p^2 - (1 - p)^2 = 0.10 at p = 0.946: 16 nats / 8 are 2
-    assert temperature([certain * 1e6]) == 64.0
-    assert temperature([torch.cat([certain, torch.zeros(4, 2)])]) == 1.0

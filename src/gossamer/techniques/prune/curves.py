@@ -10,26 +10,22 @@ S being the second moments of the inputs, or their covariance where a bias takes
 "ZipLM", 2023, section 3.2, sets the same errors against measured times, but relative to the layer's output, with a
 weight for each layer that is searched afterwards; here F is that weight.
 
-Where a model is certain, F is next to nothing although a larger error would move it: to second order a classifier that
-gives 0.9999 cannot be moved at all. `temperature` softens predictions until they are not that certain; a language
-model's are not, and stay as they are. Losses of such a model are of its softened predictions: they say where to cut,
-not what it costs. Left out: units going together are not judged anew after each, for speed.
+The diagonal takes the errors of tokens and of channels for independent, which those of a cut are not: on MiniLM fitted to
+spam mails 1e-6 nats were predicted where 3e-3 were measured. Losses say where to cut; what a cut costs is measured.
+Left out: units that go together are not judged anew after each, for speed.
 
 Shape suffixes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from gossamer.techniques.prune.units import obs_path
 
 SHARE_AT_A_TIME = 0.03
-UNCERTAIN = 0.1  # mean chance that two draws from a prediction differ
-HOTTEST = 64.0
 
 
 def loss_curve(
@@ -54,19 +50,3 @@ def loss_curve(
         least = max(least, 0.5 * float((fisher_O.double() * errors_O.double()).sum()))
         found[num_units - count] = least
     return [found[size] for size in sizes]
-
-
-def temperature(logits: Iterable[Tensor]) -> float:
-    """Return by what predictions, logits [..., C], are divided so that they are not certain: 1, 2, 4, ...
-
-    >>> temperature([torch.tensor([0.0, 1.0])]), temperature([torch.tensor([0.0, 9.0])])
-    (1.0, 4.0)
-    """
-    rows = [part.float().flatten(0, -2) for part in logits]
-    found = 1.0
-    while found < HOTTEST:
-        sums = [(1 - torch.softmax(part / found, -1).square().sum(-1)).sum() for part in rows]
-        if float(sum(sums)) >= UNCERTAIN * sum(map(len, rows)):
-            break
-        found *= 2
-    return found
