@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -245,7 +245,8 @@ class Source:
                              "give a folder written by save_pretrained, or rows that already are tensors")  # fmt: skip
         loader = processor_class(self.path)
         try:
-            with quiet_transformers(), self.beside.folder() as folder:
+            # files of a runtime lie beside no weights that are known here
+            with quiet_transformers(), self.beside.folder() if self._files else nullcontext(self.path) as folder:
                 return loader.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ModelError(

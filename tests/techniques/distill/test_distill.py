@@ -24,7 +24,7 @@ from gossamer.techniques.prune.prune import Prune
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened = TINY["logits"], TINY["opened"]
-SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-4, "precision": "fp32"}
+SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-4, "precision": "fp32", "labels": 0}
 
 
 def llama() -> LlamaForCausalLM:

@@ -57,10 +57,10 @@ class Distill(Technique):
     rows: int = Field(8192, ge=MIN_ROWS, description="most rows that are used, evenly spread over those given")
     batch_size: int = Field(16, ge=1, description="rows of one step")
     micro_batch: int | None = Field(None, ge=1, description="rows of one pass, where a step's do not fit in memory")
-    rate: float = Field(2e-4, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
+    rate: float = Field(6e-5, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
     logits: float = Field(1.0, ge=0, description="weight of following the original's predictions")
     hidden: float = Field(1.0, ge=0, description="weight of following the outputs of the original's blocks")
-    labels: float = Field(0.0, ge=0, description="weight of the rows' own labels")
+    labels: float = Field(0.5, ge=0, description="weight of the rows' own labels")
     divergence: Divergence = Field(
         "forward", description="between predictions: forward (original to candidate), reverse, js"
     )
