@@ -181,7 +181,7 @@ def test_a_rounded_candidate_is_refused() -> None:
 def test_without_any_weight_nothing_is_learned() -> None:
     candidate, model, context = pruned()
     with pytest.raises(TechniqueError, match="nothing is learned"):
-        Distill.model_validate({"logits": 0, "hidden": 0}).apply(candidate, model, context)
+        Distill.model_validate({"logits": 0, "hidden": 0, "labels": 0}).apply(candidate, model, context)
 
 
 def test_labels_alone_teach_the_rows_own_tokens() -> None:
