@@ -293,7 +293,10 @@ class Source:
     @property
     def beside(self) -> Beside:
         """Return what ships beside the weights: config, tokenizer or processor."""
-        return Beside.of(self.path, self.shipped_files(), self._files)
+        if self.path is None:
+            return Beside.of(None, [], {})
+        code = "auto_map" in self._raw_config and self.trust_remote_code
+        return Beside.of(self.path, checkpoint.shipped_files(self.path, [], code), self._files)
 
     def with_files(self, files: Mapping[str, bytes]) -> Source:
         """Return the same weights with other files beside them, by name: what turns rows into inputs, and the config.
