@@ -245,3 +245,20 @@ def test_a_network_without_a_function_gives_its_named_output() -> None:
         source.forward(module, {"x": torch.ones(1, 3)}, "scores")
     with pytest.raises(ModelError, match="network"):
         source.processor()
+
+
+def test_what_stands_beside_an_artifact_is_found_without_its_weights(tmp_path: Path) -> None:
+    """An ONNX artifact has a tokenizer and a config, and no safetensors file."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "pad_token_id": 3}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    source = Source.companions(tmp_path)
+    assert set(source.beside.names) == {"config.json", "tokenizer.json"}
+    other = source.with_files({"config.json": b'{"model_type": "bert", "pad_token_id": 1}'})
+    assert (other.config.pad_token_id, source.config.pad_token_id) == (1, 3)  # type: ignore[union-attr]
+    assert other.beside.read("tokenizer.json") == b"{}"
+    with other.beside.folder() as folder:
+        assert (folder / "config.json").read_bytes() == b'{"model_type": "bert", "pad_token_id": 1}'
+        assert folder != tmp_path
+    assert not folder.exists()
+    with source.beside.folder() as folder:
+        assert folder == tmp_path

@@ -295,7 +295,10 @@ class Source:
     @property
     def beside(self) -> Beside:
         """Return what ships beside the weights: config, tokenizer or processor."""
-        return Beside.of(self.path, self.shipped_files(), self._files)
+        if self.path is None:
+            return Beside.of(None, [], {})
+        code = "auto_map" in self._raw_config and self.trust_remote_code
+        return Beside.of(self.path, checkpoint.shipped_files(self.path, [], code), self._files)
 
     def original(self, task: Purpose) -> nn.Module:
         """Return the model as it was before anything was done to it, reading the tokens that this source writes."""
