@@ -194,7 +194,7 @@ def _said_by_config(module: nn.Module, found: Sequence[Dimension]) -> Iterator[D
 def _told(stock: Stock, shapes: Shapes, alike: Sequence[Dimension]) -> list[Dimension] | None:
     """Return widths with the numbers that hold them; None where no config says them narrower, heads as they are."""
     size = alike[0].size
-    for trial in (size // part for part in (2, 3, 4, 5, 7) if size % part == 0 and size > part):
+    for trial in (size // part for part in (2, 3) if size % part == 0 and size > part):
         wanted = cut_shapes(shapes, dict.fromkeys(alike, trial))
         fit = stock.fit(wanted, {size: trial}, said=head_sizes(stock, size))
         if fit is None or fit.differs:

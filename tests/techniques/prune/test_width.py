@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.example import made_up_example
+from gossamer.models.experts import take_apart
 from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Cut, Dimension
 from gossamer.models.structure import map_model
@@ -25,6 +26,7 @@ from gossamer.techniques.prune.width_fit import Pairs, fit_narrower, fitted
 from gossamer.techniques.registry import resolve
 
 DIMENSIONS = runpy.run_path(str(Path(__file__).parents[2] / "models" / "test_dimensions.py"))
+EXPERTS = runpy.run_path(str(Path(__file__).parents[2] / "models" / "tiny_experts.py"))
 PRUNE = runpy.run_path(str(Path(__file__).parent / "test_prune.py"))
 NAMED, logits, opened, candidate_of = (DIMENSIONS[name] for name in ("NAMED", "logits", "opened", "candidate_of"))
 FAMILIES = [name for name in DIMENSIONS["EXPECTED"] if name != "resnet"]
@@ -106,6 +108,24 @@ def test_a_channel_that_does_nothing_goes(by: Any) -> None:
     candidate, model, context = PRUNE["opened"](network, rows=8)
     smaller = Prune(what="width", to=28, by=by, refit=False).apply(candidate, model, context)
     assert (smaller.module.get_parameter("model.embed_tokens.weight") != 0).any(0).all()
+
+
+@pytest.mark.parametrize("family", EXPERTS["FAMILIES"], ids=lambda family: family.__name__)
+def test_streams_that_experts_read_are_cut_and_fitted(family: Any) -> None:
+    module, inputs = family(), {"input_ids": EXPERTS["ids"]()}
+    take_apart(module)
+    model = map_model(module, inputs)
+    kept = three_quarters([one for one in model.dimensions if one.kind == "width"])
+    if not kept:
+        assert any("residual stream" in note for note in model.notes), model.notes
+        return
+    if family.__name__ == "olmoe":  # derives heads from its width, and its routers hold the width as a number
+        with pytest.raises(TechniqueError, match="computes with its width"):
+            narrowed(candidate_of(module), kept, logits, inputs)
+        return
+    smaller, before, _ = narrowed(candidate_of(module), kept, logits, inputs)
+    fit_narrower(before, smaller.module, kept, model.stacks, logits, [inputs], damping=0.01, advance=lambda _: None)
+    assert bool(torch.isfinite(logits(smaller.module, inputs)).all())
 
 
 def test_the_fit_is_least_squares() -> None:

@@ -61,6 +61,7 @@ PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "channels": ("75%", "62%", "50%"),
 }
 By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
+DEFAULT_BY: dict[Cuttable, By] = {"layers": "influence", "width": "activation"}  # else obs
 
 
 class Prune(BlockTechnique):
@@ -208,7 +209,7 @@ class Prune(BlockTechnique):
 
     @property
     def _by(self) -> By:
-        return self.by or {"layers": "influence", "width": "activation"}.get(self.what, "obs")  # type: ignore[return-value]
+        return self.by or DEFAULT_BY.get(self.what, "obs")
 
     def solve(self, block: Block) -> None:
         """Do nothing: the sweep is `_Masking`'s."""

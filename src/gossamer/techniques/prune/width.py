@@ -34,6 +34,7 @@ from gossamer.models.roles import Dimension
 from gossamer.models.structure import layer_kind
 
 ROUNDING = 1e-3  # of the largest output: the narrower model may differ from the masked one by so much
+LEAVE = "leave its width as it is, and say so to us"
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -59,7 +60,12 @@ def narrowed(
     with torch.no_grad():
         with masked(before, smaller.module, kept):
             expected = forward(before, example)
-        found = forward(smaller.module, example)
+        try:
+            found = forward(smaller.module, example)
+        except RuntimeError as error:  # a module that was made smaller in place holds its width as a number
+            raise TechniqueError(
+                f"the narrower model does not run, since something in it computes with its width: {error}", LEAVE
+            ) from error
         if (factor := common_factor(expected, found)) != 1:
             scale_last_norm(smaller.module, factor, kept, partial(forward, smaller.module, example))
             found = forward(smaller.module, example)
@@ -68,7 +74,7 @@ def narrowed(
         raise TechniqueError(
             f"the narrower model is off the masked one by {away:.2e} where outputs reach {largest:.2e}: something "
             "else in it computes with its width",
-            "leave its width as it is, and say so to us",
+            LEAVE,
         )
     return smaller, before, factor
 

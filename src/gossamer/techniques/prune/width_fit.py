@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.models.experts import find_experts
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import Dimension, Stack
 from gossamer.models.walker import Stream, Walker, block_keys
@@ -159,8 +160,10 @@ class _Fit:
             self.norms |= dict.fromkeys(norms_of(before, one), torch.tensor(units))
             self.turned |= linears_of(before, one, reading=True) | linears_of(before, one, reading=False)
             self.rows |= dict.fromkeys(linears_of(before, one, reading=False), torch.tensor(units))
-        for name in [name for name in self.turned if uses[id(smaller.get_submodule(name).weight)] > 1]:
-            del self.turned[name]
+        inside = tuple(f"{experts.name}." for experts in find_experts(smaller))
+        for name in list(self.turned):
+            if uses[id(smaller.get_submodule(name).weight)] > 1 or name.startswith(inside):
+                del self.turned[name]
         self.done: set[str] = set()
 
     def layers_of(self, sides: Sequence[Side], block: str, runs: Runs) -> None:
