@@ -10,8 +10,8 @@ S being the second moments of the inputs, or their covariance where a bias takes
 "ZipLM", 2023, section 3.2, sets the same errors against measured times, but relative to the layer's output, with a
 weight for each layer that is searched afterwards; here F is that weight.
 
-The diagonal takes the errors of tokens and of channels for independent, which those of a cut are not: on MiniLM fitted to
-spam mails 1e-6 nats were predicted where 3e-3 were measured. Losses say where to cut; what a cut costs is measured.
+The diagonal takes the errors of tokens and of channels for independent, which those of a cut are not: on MiniLM fitted
+to spam mails 1e-6 nats were predicted where 3e-3 were measured. Losses say where to cut; what a cut costs is measured.
 Left out: units that go together are not judged anew after each, for speed.
 
 Shape suffixes: O outputs, I inputs.
