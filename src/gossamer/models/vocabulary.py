@@ -21,7 +21,8 @@ Which others stay: those without which the rows would be longest, in tokens,
 
 pieces(t) being the fewest tokens that spell t among those that would stay by their counts alone; then others by number:
 tokenizers are trained so that frequent tokens have low numbers (BPE, Unigram), or hold them in that order (WordPiece).
-On MiniLM with 22 % of its tokens the divergence on 400 mails that were not counted read 0.0145 nats, by counts 0.0178.
+On MiniLM with 22 % of its tokens the divergence on 400 mails that were not counted read 0.0145 nats, by counts alone
+0.0178 (count(t) there being the mails that hold t; by occurrences alone 0.0181).
 """
 
 from __future__ import annotations
