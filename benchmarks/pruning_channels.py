@@ -9,8 +9,9 @@ same calibration pictures and without training: all networks of a share have the
 test pictures; differences are paired, with 95 % intervals.
 
 `latency` carries a recipe out for ONNX Runtime and sets the latency that the planner predicts from its table of layer
-times beside the measured one; channels are chosen by magnitude, since which they are changes no time. A NETWORK.py has `load(folder)` and takes pictures as `x`; fashion pictures, enlarged to
-224 x 224, stand for its own: of such a network only shapes and times are told.
+times beside the measured one; channels are chosen by magnitude, since which they are changes no time. A NETWORK.py has
+`load(folder)` and takes pictures as `x`; fashion pictures, enlarged to 224 x 224, stand for its own: of such a network
+only shapes and times are told.
 """
 
 from __future__ import annotations
