@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
@@ -34,11 +33,11 @@ from gossamer.models.roles import Cut, Dimension, LayerInfo, Member, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.match import layers_matching
+from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.quantize.bias import corrected_bias
 from gossamer.techniques.quantize.low_rank import low_rank
 
 MIN_SAMPLES = 8
-ROUNDING = 1e-3  # of the largest output: the split model may differ from the swept one by so much
 
 
 class LowRank(BlockTechnique):
@@ -171,27 +170,19 @@ class LowRank(BlockTechnique):
             )
         decisions = self.resolve(model)
         candidate = super().apply(candidate, model, context)
-        expected = _computed(candidate, context)
+        expected = computed(candidate, context)
         ranks = {one.layer.name: (self._rank_of(one.layer), one.layer.transposed) for one in decisions}
         candidate = factored(candidate, ranks)
-        away = float((_computed(candidate, context) - expected).abs().max())
-        largest = float(expected.abs().max())
-        if not away <= ROUNDING * max(largest, torch.finfo(torch.float32).tiny):
-            raise TechniqueError(
-                f"{self.label()}: the model with split layers is off by {away:.2e} where outputs reach {largest:.2e}",
-                "leave this model's layers whole, and say so to us",
-            )
+        check_same(
+            expected,
+            computed(candidate, context),
+            f"{self.label()}: the model with split layers",
+            "something in it computes with the weights that went",
+            "leave this model's layers whole, and say so to us",
+        )
         return candidate
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: it is carried out where a recipe asks for it (docs/concepts/pruning.md: what it loses)."""
         yield from ()
-
-
-def _computed(candidate: Candidate, context: Context) -> Tensor:
-    inputs: dict[str, Any] = {name: torch.from_numpy(values) for name, values in context.example.items()}
-    with torch.no_grad():
-        found = candidate.source.forward(candidate.module, inputs, context.task.output)
-    assert isinstance(found, Tensor)
-    return found

@@ -23,34 +23,31 @@ from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
-from gossamer.models.purpose import named
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique, observe
+from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
+from gossamer.techniques.prune.importance import forward_of, importance, tensors
 from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
 from gossamer.techniques.prune.readers import (
-    joint_scores,
     known_beforehand,
     merged,
     readers_of,
     reading,
-    scores_of,
     units_of,
     used_units,
 )
+from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.prune.taylor import taylor_scores
 from gossamer.techniques.prune.uneven import Places, Size, in_words, read_sizes, units_left
-from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores
 from gossamer.techniques.prune.width import narrowed, scale_last_norm
 from gossamer.techniques.prune.width_fit import fit_narrower
-from gossamer.techniques.quantize.moments import has_moments
-from gossamer.techniques.quantize.sensitivity import sensitivities
 
-ROUNDING = 1e-3  # of the largest output: the cut model may differ from the masked one by so much
+IN_ANOTHER_ORDER = "some weight has its units in another order than was thought"
+LEAVE = "leave this model's units as they are, and say so to us"
 OF_UNITS = ("obs", "fisher", "taylor", "activation", "magnitude")
 OF_BLOCKS = ("influence", "divergence", "taylor")
 LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
@@ -233,10 +230,12 @@ class Prune(BlockTechnique):
         else:
             candidate = self._masked(candidate, model, sizes, context)
             kept = {one: _kept_units(candidate, one, size) for one, size in sizes.items()}
-        expected = _computed(candidate, context) if self.what != "layers" else None
+        whole = candidate.weights is None and self.what != "layers"
+        expected = computed(candidate, context) if whole else None
         smaller = reduced(candidate, kept)
         if expected is not None:
-            _check_same(expected, _computed(smaller, context), self.label())
+            found = computed(smaller, context)
+            check_same(expected, found, f"{self.label()}: the smaller model", IN_ANOTHER_ORDER, LEAVE)
         smaller.applied.append(self.entry())
         return smaller
 
@@ -249,7 +248,7 @@ class Prune(BlockTechnique):
             one: sorted(totals[one].argsort(stable=True)[one.size - size :].tolist()) for one, size in sizes.items()
         }
         example = {name: torch.from_numpy(values) for name, values in context.example.items()}
-        forward = _forward(candidate, context)
+        forward = forward_of(candidate, context)
         smaller, before, factor = narrowed(candidate, kept, forward, example)
         if self.refit:
             samples, damping = self._samples(context), self.damping
@@ -335,53 +334,7 @@ class Prune(BlockTechnique):
         self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
     ) -> dict[Dimension, Tensor]:
         """Return the score of every unit, [U], by dimension, over all that read it."""
-        if self._by == "taylor":
-            return taylor_scores(candidate, sizes, self._batches(context), context)
-        readers = readers_of(sizes, {f"{layer.name}.weight": layer for layer in model.layers})
-        scores = self._scores(candidate, model, sizes, context)
-        found: dict[Dimension, Tensor] = {}
-        for one in sizes:
-            read = [(member, readers[member.parameter]) for member in reading(one)]
-            total_U = found[one] = torch.stack(
-                [scores_of(one, scores[m.parameter], m, reader) for m, reader in read if m.parameter in scores]
-            ).sum(0)
-            if not bool(torch.isfinite(total_U).all()):
-                raise TechniqueError(
-                    f"the importance of {one.kind} of {one.name} is NaN or infinite", "try another `by`"
-                )
-        return found
-
-    def _scores(
-        self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
-    ) -> dict[str, Tensor]:
-        """Return the score of every unit, [U], by the weight that reads it, from passes through the whole model."""
-        layers = {f"{layer.name}.weight": layer for layer in model.layers}
-        units = {name: reader.unit for name, reader in readers_of(sizes, layers).items()}
-        rows = {name: rows_of(candidate.values(name).float(), layers[name].transposed) for name in units}
-        if self._by == "magnitude":
-            return {name: magnitude_scores(rows[name], unit) for name, unit in units.items()}
-        modules = {name: candidate.module.get_submodule(layers[name].name) for name in units}
-        modules = {name: layer for name, layer in modules.items() if has_moments(layer)}
-        blind = [name for one in sizes if not modules.keys() & set(one.readers) for name in one.readers]
-        if blind:
-            context.progress.say(f"{self.name}: chosen by magnitude, as second moments do not describe {named(blind)}")
-        found_blind = {name: magnitude_scores(rows[name], units[name]) for name in blind}
-        samples, forward = self._samples(context), _forward(candidate, context)
-        if self._by == "fisher":
-            found = sensitivities(candidate.module, forward, samples, modules, seed=context.seed)
-            _check_reached(modules, found)
-            return found_blind | {
-                name: fisher_scores(rows[name], found[name].moments.second_II, found[name].fisher_O, units[name])
-                for name in modules
-            }
-        with torch.no_grad():
-            runs = [partial(forward, candidate.module, sample) for sample in samples]
-            seen = observe(modules, runs)
-        _check_reached(modules, seen)
-        if self._by == "activation":
-            return found_blind | {name: activation_scores(seen[name].mean_abs_I, units[name]) for name in modules}
-        seconds = {name: seen[name].second_II for name in modules}
-        return found_blind | joint_scores(sizes, rows, seconds, readers_of(sizes, layers), self.damping)
+        return importance(candidate, model, sizes, self._batches(context), context, by=self._by, damping=self.damping)
 
     def _batches(self, context: Context) -> list[Batch]:
         count = min(self.samples, len(context.calibration))
@@ -393,8 +346,7 @@ class Prune(BlockTechnique):
         return [context.calibration[number * len(context.calibration) // count] for number in range(count)]
 
     def _samples(self, context: Context) -> list[dict[str, Tensor]]:
-        picked = self._batches(context)
-        return [{name: torch.from_numpy(values) for name, values in batch.inputs.items()} for batch in picked]
+        return [tensors(batch) for batch in self._batches(context)]
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
@@ -434,38 +386,6 @@ def _kept_units(candidate: Candidate, one: Dimension, size: int) -> list[int]:
     assert len(kept) <= size, f"{len(kept)} units of {one.name} are not zero, {size} may stay"
     spare = (~left_U).nonzero().flatten().tolist()  # they did nothing before either
     return sorted([*kept, *spare[: size - len(kept)]])
-
-
-def _forward(candidate: Candidate, context: Context) -> Any:
-    source, output = candidate.source, context.task.output
-    return lambda module, inputs: source.forward(module, inputs, output)
-
-
-def _computed(candidate: Candidate, context: Context) -> Tensor | None:
-    """Return what a model in memory computes for the example; None where it is read piece by piece."""
-    if candidate.weights is not None:
-        return None
-    inputs = {name: torch.from_numpy(values) for name, values in context.example.items()}
-    with torch.no_grad():
-        found: Tensor = _forward(candidate, context)(candidate.module, inputs)
-    return found
-
-
-def _check_same(expected: Tensor, found: Tensor | None, label: str) -> None:
-    """Raise TechniqueError where the cut model computes something else than the masked one."""
-    assert found is not None
-    largest, away = float(expected.abs().max()), float((found - expected).abs().max())
-    if not away <= ROUNDING * max(largest, torch.finfo(torch.float32).tiny):
-        raise TechniqueError(
-            f"{label}: the smaller model is off the masked one by {away:.2e} where outputs reach {largest:.2e}: some "
-            "weight has its units in another order than was thought",
-            "leave this model's units as they are, and say so to us",
-        )
-
-
-def _check_reached(wanted: Mapping[str, object], found: Mapping[str, object]) -> None:
-    if missing := [name for name in wanted if name not in found]:
-        raise TechniqueError(f"no calibration sample reaches {missing[0]}", "give other rows, or choose by magnitude")
 
 
 def _meant(one: Dimension, target: str) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.errors import GossamerError, RecipeError, TechniqueError
+from gossamer.errors import GossamerError, RecipeError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import QuantSpec
 from gossamer.models.reduction import reduced, reduced_map
@@ -34,6 +33,8 @@ from gossamer.models.tokenizer_files import renumbered
 from gossamer.models.words import Words
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.prune.same import check_same, computed
+from gossamer.techniques.prune.uneven import checked_size, units_left
 
 MIN_SHARE = 0.1  # of all parameters: where tokens take less, cutting them gains little
 SLACK = 0.002  # of the bound: headers and a graph's own bytes are not counted
@@ -52,7 +53,7 @@ class Vocabulary(Technique):
     needs: ClassVar[Needs] = Needs(
         calibration_rows=1,
         before=(
-            "prune", "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales",
+            "prune", "low_rank", "distill", "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales",
             "kv_cache", "cast",
         ),
         excludes=("vocabulary",),
@@ -67,11 +68,7 @@ class Vocabulary(Technique):
     @field_validator("to", mode="before")
     @classmethod
     def _read_share(cls, value: Any) -> Any:
-        if isinstance(value, str) and _share(value) is None:
-            raise ValueError(f"{value!r} is neither a share like 25% nor a number")
-        if isinstance(value, float) and not (isfinite(value) and (value < 1 or value == int(value))):
-            raise ValueError(f"{value!r} is neither a share below 1 nor a whole number of tokens")
-        return value
+        return checked_size(value)
 
     def label(self) -> str:
         """Return how many tokens stay: `vocabulary to 25%`."""
@@ -121,9 +118,7 @@ class Vocabulary(Technique):
     def _size(self, rows: int) -> int | None:
         if self.to is None:
             return None
-        share = _share(self.to) if isinstance(self.to, str) else self.to
-        assert share is not None
-        return round(rows * share) if isinstance(self.to, str) or share < 1 else int(share)
+        return units_left(self.to, rows, 1)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return a candidate whose source reads and writes with the trimmed tokenizer."""
@@ -133,7 +128,7 @@ class Vocabulary(Technique):
         assert isinstance(module, PreTrainedModel)
         new = {old: number for number, old in enumerate(kept)}
         samples = _samples(context.calibration, new) if candidate.weights is None else None
-        expected = _computed(candidate, context, samples[0]) if samples is not None else None
+        expected = computed(candidate, context, samples[0]) if samples is not None else None
         values = module.config.to_dict()
         renamed = {(name,): found for name, found in renumbered(values, new).items() if found != values[name]}
         module.config = changed_config(module.config, Change(renamed))  # type: ignore[arg-type]
@@ -143,8 +138,10 @@ class Vocabulary(Technique):
         smaller = reduced(candidate, {one: kept})
         smaller.source = words.source
         if samples is not None and expected is not None:
-            found = _computed(smaller, context, samples[1])
-            _check_same(expected if expected.shape == found.shape else expected[..., list(kept)], found)
+            found = computed(smaller, context, samples[1])
+            expected = expected if expected.shape == found.shape else expected[..., list(kept)]
+            what, why = "vocabulary: the model with fewer tokens", "the number of a token means something to it"
+            check_same(expected, found, what, why, "leave its vocabulary as it is", rounding=ROUNDING)
         smaller.applied.append(self.entry())
         return smaller
 
@@ -229,29 +226,3 @@ def _samples(batches: Sequence[Batch], new: Mapping[int, int]) -> tuple[dict[str
     old = [number if number in new else stand_in for number in inputs["input_ids"].flatten().tolist()]
     before, after = torch.tensor(old).view(shape), torch.tensor([new[number] for number in old]).view(shape)
     return {**inputs, "input_ids": before}, {**inputs, "input_ids": after}
-
-
-def _computed(candidate: Candidate, context: Context, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return candidate.source.forward(candidate.module, inputs, context.task.output)
-
-
-def _check_same(expected: Tensor, found: Tensor) -> None:
-    """Raise TechniqueError where the cut model computes something else from tokens that stayed."""
-    away, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    if not away <= ROUNDING * max(largest, torch.finfo(torch.float32).tiny):
-        raise TechniqueError(
-            f"vocabulary: with fewer tokens the model is off by {away:.2e} where outputs reach {largest:.2e}: the "
-            "number of a token means something to it",
-            "leave its vocabulary as it is",
-        )
-
-
-def _share(text: str) -> float | None:
-    """Return 0.25 for `25%`, None for what is no share."""
-    number = text.strip().removesuffix("%").strip()
-    try:
-        share = float(number) / 100 if text.strip().endswith("%") else None
-    except ValueError:
-        return None
-    return share if share is not None and isfinite(share) else None

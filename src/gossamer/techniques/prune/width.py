@@ -32,8 +32,8 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.reduction import reduced, said_by_config
 from gossamer.models.roles import Dimension
 from gossamer.models.structure import layer_kind
+from gossamer.techniques.prune.same import ROUNDING, check_same
 
-ROUNDING = 1e-3  # of the largest output: the narrower model may differ from the masked one by so much
 LEAVE = "leave its width as it is, and say so to us"
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -69,13 +69,7 @@ def narrowed(
         if (factor := common_factor(expected, found)) != 1:
             scale_last_norm(smaller.module, factor, kept, partial(forward, smaller.module, example))
             found = forward(smaller.module, example)
-    largest, away = float(expected.abs().max()), float((found - expected).abs().max())
-    if not away <= ROUNDING * max(largest, torch.finfo(torch.float32).tiny):
-        raise TechniqueError(
-            f"the narrower model is off the masked one by {away:.2e} where outputs reach {largest:.2e}: something "
-            "else in it computes with its width",
-            LEAVE,
-        )
+    check_same(expected, found, "the narrower model", "something else in it computes with its width", LEAVE)
     return smaller, before, factor
 
 
