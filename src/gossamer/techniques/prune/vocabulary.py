@@ -53,8 +53,8 @@ class Vocabulary(Technique):
     needs: ClassVar[Needs] = Needs(
         calibration_rows=1,
         before=(
-            "prune", "low_rank", "distill", "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales",
-            "kv_cache", "cast",
+            "prune", "low_rank", "distill", "rotate", "smooth", "awq", "sparsify", "quantize", "gptq",
+            "learned_rounding", "tune_scales", "kv_cache", "cast",
         ),
         excludes=("vocabulary",),
     )  # fmt: skip
