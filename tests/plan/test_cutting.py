@@ -191,7 +191,7 @@ def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:
 
 
 def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
-    goal = parse_goal("params <= 60%")
+    goal = parse_goal("params <= 70%")
     tables, _ = make_tables(graph_job, goal)
     space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
                         wanted=frozenset(("params",)))  # fmt: skip
@@ -202,5 +202,5 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
     assert solved
     for steps in solved:
         after = resolved(graph_job.model, steps)[1]
-        assert after.num_parameters <= 0.6 * graph_job.model.num_parameters
+        assert after.num_parameters <= 0.7 * graph_job.model.num_parameters
         assert not any(isinstance(step.to, str) for step in steps if isinstance(step, Prune))

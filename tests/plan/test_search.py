@@ -10,7 +10,7 @@ import pytest
 
 from gossamer.goal import Verdict, parse_goal
 from gossamer.plan.candidates import repaired
-from gossamer.plan.job import Job
+from gossamer.plan.job import Job, Rowset
 from gossamer.plan.menu import WAVE, Menu
 from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
@@ -179,7 +179,7 @@ TUNED = TuneScales()
 def menu_of(goal: str, tables: Tables, job: Job, rows: int = 64) -> Menu:
     """Return a menu of the tables' own model with every recipe profiled, and so many calibration rows."""
     asked: Any = SimpleNamespace(model=tables.model, runtime=job.runtime, task=job.task, calibration=range(rows),
-                                 budget=None)  # fmt: skip
+                                 budget=None, rows=Rowset())  # fmt: skip
     menu = Menu(asked, parse_goal(goal), tables, RECIPES)
     menu.open, menu.waiting = list(RECIPES), []
     return menu

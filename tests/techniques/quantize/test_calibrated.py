@@ -208,8 +208,9 @@ def test_the_planner_is_offered_grids_alone_and_with_rounded_embeddings() -> Non
 
 
 def test_no_recipe_rounds_a_parameter_twice() -> None:
-    found = recipes(space(llama()))
+    here = space(llama())
+    found = recipes(here)
     assert any(isinstance(step, Gptq) for steps in found for step in steps)
-    assert not any(rounds_twice(steps, space(llama()).model) for steps in found)
+    assert not any(rounds_twice(steps, here.model) for steps in found)
     both = resolve(Recipe(steps=(Step(technique="quantize", settings={}), Step(technique="gptq", settings=GRID))))
-    assert "model.layers.0.self_attn.q_proj.weight" in rounds_twice(both, space(llama()).model)
+    assert "model.layers.0.self_attn.q_proj.weight" in rounds_twice(both, here.model)
