@@ -171,8 +171,8 @@ def test_sizes_that_leave_too_little_or_cut_nothing_are_refused(
     [
         (("prune", {"what": "vocabulary", "to": "30%"}), "write `- vocabulary: {to: 25%}`"),
         (("vocabulary", {"what": "vocabulary"}), "vocabulary has no setting 'what'"),
-        (("vocabulary", {"to": "many"}), "'many' is neither a share like 25% nor a number"),
-        (("vocabulary", {"to": 1.5}), "neither a share below 1 nor a whole number of tokens"),
+        (("vocabulary", {"to": "many"}), "'many' is neither a share like 50% nor a number"),
+        (("vocabulary", {"to": 1.5}), "neither a share below 1 nor a whole number of units"),
     ],
 )
 def test_wrong_settings_are_explained(step: tuple[str, dict[str, Any]], message: str) -> None:
