@@ -159,6 +159,7 @@ def test_a_row_of_blocks_computes_what_the_model_does_and_is_cut_alone(graph_job
         assert one_head.candidate.module(torch.from_numpy(whole.inputs["x"])).shape == found.shape
 
 
+@pytest.mark.slow  # every entry of the table is a graph that is exported
 def test_the_table_of_times_is_measured_once(job: Job, briefly: None) -> None:
     del briefly
     tables = block_times(job, {})
