@@ -10,6 +10,7 @@ here are the loss, the teacher that runs beside, and what keeps a run from endin
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -31,8 +32,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from gossamer.errors import TechniqueError
 from gossamer.models.source import quiet_transformers
@@ -151,8 +152,7 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
     with lesson.watched(), _trainable(lesson.student, plan.frozen), quiet_transformers(), _quiet_trainer():
         trainer = _Trainer(lesson, student, _arguments(plan, len(lesson.learned), folder), watch, plan.patience)
         before = float(trainer.evaluate()["eval_loss"])  # of the student as it came, whatever a checkpoint brings
-        last = get_last_checkpoint(str(folder)) if folder.exists() else None  # type: ignore[no-untyped-call]
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=_last_whole(folder))
         after = float(trainer.evaluate()["eval_loss"])
     outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
     if not outcome.better:
@@ -161,6 +161,19 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
                 values.copy_(start[name])
     shutil.rmtree(folder, ignore_errors=True)
     return outcome
+
+
+def _last_whole(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end: its state comes last. Others behind it are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
 
 
 def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:

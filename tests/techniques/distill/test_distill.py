@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gossamer.errors import TechniqueError
+from gossamer.errors import DataError, TechniqueError
 from gossamer.models.candidate import Candidate
+from gossamer.run.team import Team
 from gossamer.run.workspace import Run
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context
@@ -154,6 +155,44 @@ def _stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
 
     monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
     return reached
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _distilled(tmp_path / "whole")
+    _stop_at_step(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        _distilled(tmp_path / "cut")
+    monkeypatch.undo()
+    (checkpoint,) = sorted((tmp_path / "cut" / "cache").rglob("checkpoint-*"))[-1:]
+    half = checkpoint.with_name("checkpoint-9999")
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half of a file")
+    again = _distilled(tmp_path / "cut")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_rows_without_labels_teach_by_the_original_alone() -> None:
+    candidate, model, context = pruned()
+    said: list[str] = []
+
+    class Unlabelled(type(context.task)):  # type: ignore[misc]
+        def loss(self, outputs: Any, batch: Batch) -> Tensor:
+            raise DataError("the rows have no labels to compare with", "say which column holds them")
+
+    context = dataclasses.replace(context, progress=_Said(said), task=Unlabelled())
+    before = distance(candidate)
+    found = Distill.model_validate({**SHORT, "labels": 0.5}).apply(candidate, model, context)
+    assert distance(found) < before
+    assert said[0] == "distill: the rows have no labels to compare with: the original alone is followed"
+    with pytest.raises(DataError, match="no labels"):
+        Distill.model_validate({**SHORT, "labels": 1, "logits": 0, "hidden": 0}).apply(candidate, model, context)
+
+
+def test_many_processes_are_refused() -> None:
+    candidate, model, context = pruned()
+    context = dataclasses.replace(context, team=Team(rank=0, size=2, local_size=2))
+    with pytest.raises(TechniqueError, match="trains in one process, and this recipe is carried out by 2"):
+        Distill.model_validate(SHORT).apply(candidate, model, context)
 
 
 def test_blocks_of_a_shorter_student_follow_evenly_spread_ones() -> None:

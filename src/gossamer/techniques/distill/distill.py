@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gossamer.errors import TechniqueError
+from gossamer.errors import DataError, TechniqueError
 from gossamer.measure.machine import multiplies_bf16
 from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
@@ -83,23 +84,30 @@ class Distill(Technique):
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
-        self._check(candidate)
+        self._check(candidate, context)
         inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
 
         def build(folder: Path) -> dict[str, Any]:
-            found = self._trained(candidate, context, hash_json(inputs))
+            assert context.run is not None
+            found = self._trained(candidate, context, context.run.cache / f"distill-{hash_json(inputs)[:12]}")
             save_file(_values(candidate.module), folder / WEIGHTS)
             return found
 
         if context.run is None:
-            self._trained(candidate, context, hash_json(inputs))
+            with TemporaryDirectory(prefix="gossamer-distill-") as folder:
+                self._trained(candidate, context, Path(folder) / "checkpoints")
         else:
             step = context.run.step("trained", inputs, build)
             _put(candidate.module, load_file(step.folder / WEIGHTS))
         candidate.applied.append(self.entry())
         return candidate
 
-    def _check(self, candidate: Candidate) -> None:
+    def _check(self, candidate: Candidate, context: Context) -> None:
+        if context.team.size > 1:
+            raise TechniqueError(
+                f"distill trains in one process, and this recipe is carried out by {context.team.size}",
+                "run it without torchrun, or leave the step out",
+            )
         if candidate.weights is not None:
             raise TechniqueError(
                 "distill needs the model whole, and this one is read piece by piece",
@@ -113,7 +121,7 @@ class Distill(Technique):
         if not self.logits and not self.hidden and not self.labels:
             raise TechniqueError("logits, hidden and labels are all 0: nothing is learned", "give one of them a weight")
 
-    def _trained(self, candidate: Candidate, context: Context, key: str) -> dict[str, Any]:
+    def _trained(self, candidate: Candidate, context: Context, checkpoints: Path) -> dict[str, Any]:
         """Train in place, and return what came of it."""
         from gossamer.train.loop import Lesson, Plan, train  # transformers' Trainer takes seconds to import
 
@@ -124,7 +132,7 @@ class Distill(Technique):
         lesson = Lesson(
             student=candidate.module,
             forward=lambda module, inputs: source.forward(module, inputs, task.output),
-            objectives=self._objectives(task, bool(pairs)),
+            objectives=self._objectives(task, bool(pairs), self._labelled(rows, teacher, candidate, context)),
             teacher=teacher,
             student_blocks=[ours for ours, _ in pairs],
             teacher_blocks=[theirs for _, theirs in pairs],
@@ -142,8 +150,7 @@ class Distill(Technique):
             precision=precision,
             seed=context.seed,
         )
-        folder = (context.run.cache if context.run is not None else Path("build")) / f"distill-{key[:12]}"
-        outcome = train(lesson, plan, folder, context.progress, label=self.name)
+        outcome = train(lesson, plan, checkpoints, context.progress, label=self.name)
         verdict = "" if outcome.better else ": the weights stay as they were"
         context.progress.say(
             f"distill: loss on {len(lesson.judged)} rows held back {outcome.before:.3e} before, {outcome.after:.3e} "
@@ -151,7 +158,23 @@ class Distill(Technique):
         )
         return {"before": outcome.before, "after": outcome.after, "steps": outcome.steps, "kept": outcome.better}
 
-    def _objectives(self, task: Task, blocks: bool) -> list[tuple[float, Objective]]:
+    def _labelled(self, rows: Sequence[Batch], teacher: nn.Module, candidate: Candidate, context: Context) -> bool:
+        """Say whether rows have what the task's loss asks for: rows without labels teach by the original alone."""
+        if not self.labels:
+            return False
+        inputs, task = {name: torch.from_numpy(values) for name, values in rows[0].inputs.items()}, context.task
+        with torch.no_grad():
+            outputs = {task.output: candidate.source.forward(teacher, inputs, task.output)}
+        try:
+            task.loss(outputs, rows[0])
+        except DataError as error:
+            if not self.logits and not self.hidden:
+                raise
+            context.progress.say(f"distill: {error.message}: the original alone is followed")
+            return False
+        return True
+
+    def _objectives(self, task: Task, blocks: bool, labelled: bool) -> list[tuple[float, Objective]]:
         def loss(outputs: Tensor, row: Batch) -> Tensor:
             return task.loss({task.output: outputs}, row)
 
@@ -160,7 +183,7 @@ class Distill(Technique):
             found.append((self.logits, Logits(self.divergence, self.temperature)))
         if self.hidden and blocks:
             found.append((self.hidden, Hidden()))
-        if self.labels:
+        if labelled:
             found.append((self.labels, Labels(loss)))
         return found
 
