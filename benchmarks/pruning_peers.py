@@ -109,7 +109,7 @@ class TorchPruning(Peer):
                 task.loss(module(**tensors(row)), row).backward()
                 if self.importance == "hessian":
                     importance.accumulate_grad(module)
-                    module.zero_grad()
+                    module.zero_grad(set_to_none=False)  # it puts its sums into gradients that are there
         for group in pruner.step(interactive=True):
             group.prune()
         for part in module.modules():

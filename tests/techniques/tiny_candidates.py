@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model
+from gossamer.recipe import Recipe, Step
 from gossamer.run.progress import Silent
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context
+from gossamer.techniques.base import Context, Decision, resolved
+from gossamer.techniques.registry import resolve
 
 TASK = get_task("causal-lm")
 
@@ -36,3 +39,17 @@ def opened(network: nn.Module, rows: int = 32, **more: Any) -> tuple[Candidate, 
     example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
     context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), **more)
     return candidate, map_model(candidate.module, example, source.forward), context
+
+
+def carried_out(
+    candidate: Candidate, model: ModelMap, context: Context, entries: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[Candidate, ModelMap, list[Decision]]:
+    """Return a candidate and its map after a recipe, and what was decided beforehand; both agree on what is left."""
+    steps = resolve(Recipe(steps=tuple(Step(technique=name, settings=settings) for name, settings in entries)))
+    decisions, after = resolved(model, steps)
+    for step in steps:
+        candidate = step.apply(candidate, model, context)
+        model = step.after(model)
+    assert model == after
+    assert candidate.applied == [step.entry() for step in steps]
+    return candidate, model, decisions

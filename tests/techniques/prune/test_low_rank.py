@@ -16,11 +16,11 @@ from gossamer.models.structure import map_model
 from gossamer.plan.proof import refused_by
 from gossamer.recipe import Recipe, Step
 from gossamer.runtimes import get_runtime
-from gossamer.techniques.base import resolved
 from gossamer.techniques.prune.low_rank import LowRank
 from gossamer.techniques.registry import resolve
 
 PRUNE = runpy.run_path(str(Path(__file__).parent / "test_prune.py"))
+carried_out = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))["carried_out"]
 DIMENSIONS = runpy.run_path(str(Path(__file__).parents[2] / "models" / "test_dimensions.py"))
 llama, bert, opened, distance = (PRUNE[name] for name in ("llama", "bert", "opened", "distance"))
 
@@ -87,17 +87,11 @@ def test_a_recipe_rounds_both_layers() -> None:
     entries = [("low_rank", {"rank": "50%", "targets": ["up", "down"], "samples": 8})]
     entries += [("gptq", {"bits": 8, "group_size": None, "samples": 8, "targets": ["up"]})]
     entries += [("quantize", {"bits": 8, "targets": ["down"]})]
-    steps = resolve(Recipe(steps=tuple(Step(technique=name, settings=settings) for name, settings in entries)))
-    decisions, after = resolved(model, steps)
-    for step in steps:
-        candidate = step.apply(candidate, model, context)
-        model = step.after(model)
-    assert model == after
+    candidate, model, decisions = carried_out(candidate, model, context, entries)
     layer = "bert.encoder.layer.1.intermediate.dense"
     assert {f"{layer}.0.weight", f"{layer}.1.weight"} <= set(candidate.quantized)
     assert set(candidate.quantized) == {one.parameter for one in decisions if one.weight}
     assert str(decisions[0].cut) == "32 to 10 rank"
-    assert candidate.applied == [step.entry() for step in steps]
     assert refused_by(get_runtime("onnxruntime"), model, decisions[:8]) is None
     refusal = refused_by(get_runtime("torch"), model, decisions[:8])
     assert refusal is not None

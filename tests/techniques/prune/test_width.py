@@ -17,14 +17,12 @@ from gossamer.models.experts import take_apart
 from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Cut, Dimension
 from gossamer.models.structure import map_model
-from gossamer.recipe import Recipe, Step
 from gossamer.runtimes import get_runtime
-from gossamer.techniques.base import resolved
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.width import common_factor, narrowed
 from gossamer.techniques.prune.width_fit import Pairs, fit_narrower, fitted
-from gossamer.techniques.registry import resolve
 
+carried_out = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))["carried_out"]
 DIMENSIONS = runpy.run_path(str(Path(__file__).parents[2] / "models" / "test_dimensions.py"))
 EXPERTS = runpy.run_path(str(Path(__file__).parents[2] / "models" / "tiny_experts.py"))
 PRUNE = runpy.run_path(str(Path(__file__).parent / "test_prune.py"))
@@ -150,12 +148,7 @@ def test_a_recipe_goes_on_with_the_narrower_model() -> None:
     entries = [("prune", {"what": "width", "to": "75%", "samples": 8})]
     entries += [("prune", {"what": "ffn", "to": "50%", "samples": 8})]
     entries += [("gptq", {"bits": 8, "group_size": 8, "samples": 8, "targets": ["down", "q"]})]
-    steps = resolve(Recipe(steps=tuple(Step(technique=name, settings=settings) for name, settings in entries)))
-    decisions, after = resolved(model, steps)
-    for step in steps:
-        candidate = step.apply(candidate, model, context)
-        model = step.after(model)
-    assert model == after
+    candidate, model, decisions = carried_out(candidate, model, context, entries)
     assert str(decisions[0].cut) == "32 to 24 width"
     assert candidate.module.config.hidden_size == 24  # type: ignore[union-attr]
     assert candidate.module.config.head_dim == 8  # type: ignore[union-attr]
