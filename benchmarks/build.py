@@ -38,11 +38,17 @@ class Built:
 
 
 def build_in_child(
-    peer: Peer, material: Material, out: Path, python: str = sys.executable, *, reuse: bool = False
+    peer: Peer,
+    material: Material,
+    out: Path,
+    python: str = sys.executable,
+    *,
+    reuse: bool = False,
+    limit: float | None = None,
 ) -> Built:
     """Return the peer's files in `out`, made anew, or kept with `reuse` when the same request was finished before.
 
-    Raises BuildError when the peer fails.
+    Raises BuildError when the peer fails, or is not done after `limit` seconds.
     """
     request, reply = out.with_suffix(".request.json"), out.with_suffix(".reply.json")
     named = {"peer": peer.described(), "material": asdict(material), "out": str(out), "reply": str(reply)}
@@ -58,9 +64,11 @@ def build_in_child(
     out.mkdir(parents=True)
     request.write_text(asked)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, str(Path(__file__).resolve()), str(request)], capture_output=True, text=True, env=environment
-    )
+    command = [python, str(Path(__file__).resolve()), str(request)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{peer.label} was not done after {limit:g} s") from error
     if done.returncode:
         raise BuildError(f"{peer.label} failed (status {done.returncode}):\n{done.stderr[-STDERR_TAIL:].strip()}")
     return Built(out, **json.loads(reply.read_text()))

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only peers whose name contains one of these")
     parser.add_argument("--out", type=Path, default=Path(".demo/bench"), help="where artifacts are made")
     parser.add_argument("--reuse", action="store_true", help="keep artifacts that an earlier run made the same way")
+    parser.add_argument("--limit", type=float, help="a peer that is not done after so many seconds is left out")
     parser.add_argument("--no-results", action="store_true", help="print the table, leave RESULTS.md as it is")
     parser.add_argument(
         "--python",
@@ -134,7 +135,7 @@ def build_all(
         say(f"building {peer.label}")
         try:
             folder = (contest.out / f"{index:02d}").resolve()
-            built = build_in_child(peer, material, folder, python, reuse=arguments.reuse)
+            built = build_in_child(peer, material, folder, python, reuse=arguments.reuse, limit=arguments.limit)
         except BuildError as error:  # one tool's failure is a finding, not the end of the comparison
             skipped.append(str(error).splitlines()[0] + " " + str(error).splitlines()[-1][:200])
             say(str(error))
