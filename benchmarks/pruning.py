@@ -217,6 +217,9 @@ def main() -> int:
         for batch in prepared.task.calibration(prepared.calibration, prepared.source, arguments.calibration_rows)
     ]
     entries, skipped = build_all(contest, encoders() if encoder else language_models(), arguments, calibration)
+    if not any(not isinstance(entry.peer, OnnxFloat32) for entry in entries):
+        print("pruning.py: nothing was made:\n" + "\n".join(skipped), file=sys.stderr)
+        return 1
     text = (
         encoder_text(contest, entries, arguments.speedup, arguments.seconds)
         if encoder
