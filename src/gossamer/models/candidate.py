@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.models.adapters import Adapted
 from gossamer.models.caches import Cache
 from gossamer.models.deferred import Deferred, Outline, outline_of
 from gossamer.models.lazy import LazyWeights
@@ -149,7 +150,9 @@ class Candidate:
             def round_input(_: nn.Module, inputs: tuple[Tensor, ...], spec: ActivationSpec = spec) -> tuple[Any, ...]:
                 return (spec.fake_quantize(inputs[0]), *inputs[1:])
 
-            handles.append(self.module.get_submodule(name).register_forward_pre_hook(round_input))
+            layer = self.module.get_submodule(name)
+            place = layer.rounded if isinstance(layer, Adapted) else layer
+            handles.append(place.register_forward_pre_hook(round_input))
         try:
             yield self.module
         finally:

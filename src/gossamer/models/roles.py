@@ -27,6 +27,7 @@ Role = Literal[
     "classifier",
     "convolution",
     "linear",
+    "adapter",
     "other",
 ]
 

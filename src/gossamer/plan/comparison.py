@@ -110,7 +110,7 @@ def compare_tensors(
                 parameter=parameter,
                 role=layer.role,
                 shape=layer.shape,
-                asked=_asked_text(wanted),
+                asked=_asked_text(wanted) if layer.role != "adapter" else "thin layer",
                 found=_found_text(tensor),
                 bytes=tensor.bytes if tensor else 0,
                 original_bytes=original_bytes,

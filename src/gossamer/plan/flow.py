@@ -35,7 +35,7 @@ from gossamer.run.team import Team, assembled, num_processes
 from gossamer.run.workspace import Onlooker, Run
 from gossamer.runtimes.manifest import MANIFEST
 from gossamer.tasks.base import Evaluation
-from gossamer.techniques.base import SearchSpace, resolved
+from gossamer.techniques.base import SearchSpace
 from gossamer.techniques.registry import resolve
 
 RESULT = "report.json"
@@ -147,7 +147,7 @@ def check_recipe(job: Job, steps: Steps) -> None:
             f"{len(twice)} parameters are rounded by two steps: {', '.join(twice[:3])}",
             "name them under `ignore` in one of the two steps",
         )
-    refusal = refused_by(job.runtime, job.model, resolved(job.model, steps)[0])
+    refusal = refused_by(job.runtime, job.model, steps)
     if refusal is not None:
         raise RuntimeUnavailable(
             f"{job.runtime.name} cannot hold the recipe: {refusal}",
@@ -237,7 +237,7 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> li
         return found
 
     def held(steps: Steps) -> bool:
-        return refused_by(job.runtime, job.model, resolved(job.model, steps)[0]) is None
+        return refused_by(job.runtime, job.model, steps) is None
 
     return list(filter(held, found))
 
@@ -298,7 +298,7 @@ def _published(
         not_tried=found.not_tried[:NUM_NOT_TRIED],
         chosen=found.chosen,
         artifact=str(artifact) if artifact else None,
-        load_snippet=job.runtime.load_snippet(job.task),
+        load_snippet=job.runtime.load_snippet(job.task) + (job.runtime.load_more(artifact) if artifact else ""),
         provenance=_provenance(job, inputs, prepared),
         rows={"calibration": len(prepared.calibration), "evaluation": len(prepared.evaluation)},
         seconds=round(time.monotonic() - began, 3),

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, prod, sqrt
 
-from gossamer.models.roles import ModelMap
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.plan.block_times import BlockTimes, change_of_blocks
 from gossamer.plan.profile import Profile, layer_formats
 from gossamer.plan.records import Original, Prediction
@@ -126,7 +126,7 @@ def predicted_bytes(tables: Tables, decisions: Sequence[Decision], after: ModelM
         if layer.tied_to is not None:
             continue
         parameter = f"{layer.name}.weight"
-        decided, before = specs.get(parameter), tables.float_bytes.get(parameter, FLOAT_BYTES)
+        decided, before = specs.get(parameter), _float_width(tables, layer)
         spec, width = decided.weight if decided else None, min(before, cast_bytes)
         held = tables.runtime.stored_bytes(layer.role, layer.shape, spec, width)
         saved += tables.runtime.stored_bytes(layer.role, layer.shape, None, before) - held
@@ -142,9 +142,13 @@ def bytes_beside_saved(before: ModelMap, after: ModelMap) -> int:
 
 def _float_bytes(tables: Tables, model: ModelMap) -> int:
     """Return the bytes of all parameters of a map in what they are held as before anything is rounded."""
-    return sum(
-        layer.num_parameters * tables.float_bytes.get(f"{layer.name}.weight", FLOAT_BYTES) for layer in model.layers
-    )
+    return sum(layer.num_parameters * _float_width(tables, layer) for layer in model.layers)
+
+
+def _float_width(tables: Tables, layer: LayerInfo) -> int:
+    """Return the bytes of a number of a layer as it is held before anything is rounded or cast."""
+    usual = tables.runtime.adapter_bytes if layer.role == "adapter" else FLOAT_BYTES
+    return tables.float_bytes.get(f"{layer.name}.weight", usual)
 
 
 def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: ModelMap) -> float:

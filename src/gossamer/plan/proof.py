@@ -309,6 +309,7 @@ def package_versions() -> dict[str, str]:
         "onnxruntime",
         "openvino",
         "gguf",
+        "peft",
     ):
         try:
             found[package] = version(package)
@@ -322,8 +323,11 @@ def steps_recipe(steps: Sequence[Technique]) -> list[dict[str, Any]]:
     return [{step.technique: dict(step.settings)} for step in recipe_of(list(steps)).steps]
 
 
-def refused_by(runtime: Runtime, model: ModelMap, decisions: Sequence[Decision]) -> str | None:
-    """Return why the runtime cannot hold one of the decisions, naming the first, or all of them together, or None."""
+def refused_by(runtime: Runtime, model: ModelMap, steps: Sequence[Technique]) -> str | None:
+    """Return why the runtime cannot hold what a recipe decides, naming the first such layer, or None when it can."""
+    decisions, after = resolved(model, steps)
+    if not runtime.holds_adapters and any(layer.role == "adapter" for layer in after.layers):
+        return f"files for {runtime.name} have no place for thin layers beside weights; merge them: lora, merge: true"
     floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
         if decision.cut is not None:

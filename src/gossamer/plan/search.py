@@ -112,7 +112,7 @@ class Search:
         tried = self._as_untried(item)
         try:
             decisions = resolved(self.job.model, item.steps)[0]
-            refusal = refused_by(self.job.runtime, self.job.model, decisions)
+            refusal = refused_by(self.job.runtime, self.job.model, item.steps)
             if refusal is not None:
                 raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
             tried, judgements = prove(self.job, self.goal, item.steps, item.prediction, self.original, self.reference)

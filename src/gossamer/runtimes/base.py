@@ -78,6 +78,8 @@ class Runtime(ABC):
     keeps_16_bits: ClassVar[bool] = False  # True: weights that came in 16 bits and were not touched stay so
     streams: ClassVar[bool] = False  # True: it can write and serve a model that does not fit into memory
     holds_layers: ClassVar[bool] = True  # False: it writes whole models only, so no layer can be timed alone
+    holds_adapters: ClassVar[bool] = True  # False: no place for thin layers beside a weight
+    adapter_bytes: ClassVar[int] = 4  # of one of their numbers, where nothing is cast
     holds_caches: ClassVar[bool] = False  # True: its files say how a server keeps keys and values
     needs_config: ClassVar[bool] = (
         False  # what opens the files builds the model from config.json, which must say its shapes
@@ -170,6 +172,11 @@ class Runtime(ABC):
     @abstractmethod
     def stored_tensors(self, folder: Path) -> list[StoredTensor]:
         """Read back from the files alone how each parameter is held."""
+
+    def load_more(self, folder: Path) -> str:
+        """Return the lines that follow those of `load_snippet` for what this artifact holds besides."""
+        del folder
+        return ""
 
     @abstractmethod
     def load_snippet(self, task: Task) -> str:

@@ -81,6 +81,7 @@ class Gguf(Runtime):
     name: ClassVar[str] = "gguf"
     extra: ClassVar[str | None] = "gguf"
     files: ClassVar[tuple[str, ...]] = ("*.gguf",)
+    holds_adapters: ClassVar[bool] = False
     needs_config: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # llama.cpp opens models of known architectures only
     rounds_inputs: ClassVar[bool] = True

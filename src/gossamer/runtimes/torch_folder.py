@@ -35,6 +35,7 @@ from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
+from gossamer.runtimes.torch_adapters import FOLDER, load_lines, stored_parts, with_adapter, write_adapter
 from gossamer.runtimes.torch_caches import (
     SUFFIXES,
     cache_scheme,
@@ -84,6 +85,7 @@ class TorchFolder(Runtime):
     keeps_16_bits: ClassVar[bool] = True
     streams: ClassVar[bool] = True
     holds_caches: ClassVar[bool] = True
+    adapter_bytes: ClassVar[int] = 2
     holds_layers: ClassVar[bool] = False  # compressed-tensors belongs to a model with a config
     needs_config: ClassVar[bool] = True
 
@@ -196,6 +198,7 @@ class TorchFolder(Runtime):
         entries = [entry for part in parts for entry in part.entries]
         tensors = (found for part in parts for found in part.tensors().items())
         write_shards(folder, entries, tensors, METADATA, MAX_SHARD_BYTES)
+        write_adapter(candidate.module, folder, candidate.dtype)
         copy_companions(candidate.source, folder)
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
@@ -220,7 +223,7 @@ class TorchFolder(Runtime):
         if absent := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
             raise ArtifactError(f"{folder} lacks {len(absent)} weights, {absent[0]} first", "write the artifact again")
         simulate_caches(module, stored_caches(folder))
-        return TorchSession(module.eval(), (task.output,) if task else None)
+        return TorchSession(with_adapter(module, folder).eval(), (task.output,) if task else None)
 
     def open_streamed(self, folder: Path, *, threads: int, task: Task, budget: int) -> Session:
         """Open a folder so that its weights are read when they are needed, and at most `budget` bytes of them stay."""
@@ -240,6 +243,10 @@ class TorchFolder(Runtime):
             f'model = {task.auto_class}.from_pretrained("path/to/folder").eval()\n'
             f"{task.output} = model(**inputs).{task.output}\n"
         )
+
+    def load_more(self, folder: Path) -> str:
+        """Return how the adapter of a folder is put beside the opened model, where it has one."""
+        return load_lines(folder)
 
 
 def _config(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -302,6 +309,8 @@ def read_stored(folder: Path) -> list[StoredTensor]:
             stored.append(_stored_float(name, entry))
     for owner in lone_scales:
         _add_copy(owner, stored, entries)
+    for header in _headers(folder / FOLDER).values():
+        stored += [_stored_float(name, entry) for name, entry in stored_parts(header)]
     return sorted(stored, key=lambda tensor: tensor.name)
 
 

@@ -19,6 +19,7 @@ from gossamer.models.experts import Layout, layouts
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.shards import Entry
 from gossamer.runtimes import torch_lowering as lowering
+from gossamer.runtimes.torch_adapters import adapter_names
 from gossamer.runtimes.torch_caches import cache_entries, cache_tensors
 from gossamer.runtimes.torch_floats import float_refusal, refusal_beside
 
@@ -76,7 +77,9 @@ class Part:
 def file_parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[Part]:
     """Return the parts of the file; a parameter that two modules share appears under its first name."""
     parts = []
-    replaced = {f"{owner}.weight" for owner in layers}
+    replaced = {f"{owner}.weight" for owner in layers} | adapter_names(
+        candidate.module
+    )  # these have a file of their own
     for holder, layout in layouts(candidate.module):
         names = [name for expert in layout.names(holder) for name in expert]
         if _stays_stacked(layout, holder, [name for name in names if name not in replaced], bool(layers)):
@@ -186,4 +189,5 @@ def not_quantized(candidate: Candidate, layers: Mapping[str, Layer]) -> list[str
     """Return the modules that compressed-tensors could hold and that stay in floating point."""
     held = tuple(f"{holder}." for holder, _ in layouts(candidate.module))  # no modules of their own when it is opened
     names = [name for name, module in candidate.module.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    return [name for name in names if name not in layers and not name.startswith(held)]
+    thin = {name.removesuffix(".weight") for name in adapter_names(candidate.module)}
+    return [name for name in names if name not in layers and name not in thin and not name.startswith(held)]

@@ -27,6 +27,7 @@ from gossamer.models.shards import Shards
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.runtimes.base import Session
+from gossamer.runtimes.torch_adapters import FOLDER
 from gossamer.runtimes.torch_caches import simulate_caches, stored_caches
 from gossamer.runtimes.torch_floats import read_float
 from gossamer.runtimes.torch_lowering import Targets, unpack_codes
@@ -40,6 +41,11 @@ class FolderWeights:
 
     def __init__(self, folder: Path) -> None:
         self.shards = Shards(folder)
+        if (folder / FOLDER).is_dir():
+            raise ArtifactError(
+                f"{folder} has an adapter, which is not served piece by piece",
+                "give it enough --memory to be opened whole",
+            )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = config.get("quantization_config", {})
         if any(group.get("input_activations") for group in settings.get("config_groups", {}).values()):

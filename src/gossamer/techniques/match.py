@@ -3,8 +3,8 @@
 A pattern is a role (`embedding`, `q`, `down`, `classifier`, ...), a kind (`linear`, `convolution`), a module name, a
 name with `*` and `?`, or `re:` and a regular expression that must match the whole name. A module name also matches
 the layers inside it: `model.layers.0` is every layer of the first block; a last component alone (`lm_head`) is enough.
-`expert` is every layer of an expert; `up`, `gate`, `down` are those of experts too. A kind leaves routers out: what
-decides where a token goes is rounded only where it is named.
+`expert` is every layer of an expert; `up`, `gate`, `down` are those of experts too. A kind leaves routers out (what
+decides where a token goes is rounded only where it is named), and the thin layers of adapters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def matches(layer: LayerInfo, pattern: str) -> bool:
                 f"{pattern!r} is not a regular expression: {error}", "mend it, or use * patterns"
             ) from error
     if pattern in KINDS:
-        return layer.kind == KINDS[pattern] and layer.role != "router"
+        return layer.kind == KINDS[pattern] and layer.role not in ("router", "adapter")
     if pattern in ROLES and layer.role in (pattern, f"{EXPERTS}_{pattern}"):
         return True
     if pattern == EXPERTS and layer.experts is not None:

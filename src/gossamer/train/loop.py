@@ -5,7 +5,9 @@ here are the loss, the teacher that runs beside, and what keeps a run from endin
 
 - what was not better on rows held back is not kept (the start counts as a checkpoint too);
 - weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
-- a loss that is no number, or ten times what it was at first, ends the training, and the best checkpoint is kept.
+- a loss that is no number, or whose mean over RECENT steps is ten times what it was at first and on the rows held back,
+  ends the training, and the best checkpoint is kept. (One step tells nothing: on rows that the original has learned by
+  heart most losses are near nothing, and one hard row is 25 times the others.)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -44,8 +47,8 @@ from gossamer.train.rows import Rows, collate, parts_of
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 Precision = Literal["fp32", "bf16", "fp16"]
-DIVERGED = 10.0  # times the first loss: what a training that went wrong reaches
-FIRST_LOSSES = 5
+DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
+RECENT = 10
 EVALUATIONS = 4  # an epoch at least
 
 
@@ -62,6 +65,7 @@ class Plan:
     weight_decay: float = 0.0
     patience: int = 4  # evaluations without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
+    only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
     seed: int = 0
 
 
@@ -147,20 +151,28 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             "give more rows with --data",
         )
     student = _Weights(lesson.student)
-    start = {name: values.detach().clone() for name, values in lesson.student.named_parameters()}
     watch = _Watch(progress, label)
-    with lesson.watched(), _trainable(lesson.student, plan.frozen), quiet_transformers(), _quiet_trainer():
+    with lesson.watched(), _trainable(lesson.student, plan), quiet_transformers(), _quiet_trainer():
+        start = {name: values.detach().clone() for name, values in student.trained().items()}
         trainer = _Trainer(lesson, student, _arguments(plan, len(lesson.learned), folder), watch, plan.patience)
         before = float(trainer.evaluate()["eval_loss"])  # of the student as it came, whatever a checkpoint brings
+        watch.usual = before
         trainer.train(resume_from_checkpoint=_last_whole(folder))
         after = float(trainer.evaluate()["eval_loss"])
-    outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
-    if not outcome.better:
-        with torch.no_grad():
-            for name, values in lesson.student.named_parameters():
-                values.copy_(start[name])
+        outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
+        if not outcome.better:
+            student.load_state_dict(start)
     shutil.rmtree(folder, ignore_errors=True)
     return outcome
+
+
+def judge(lesson: Lesson, plan: Plan) -> float:
+    """Return the loss of a student as it is on the rows held back."""
+    folder = TemporaryDirectory(prefix="gossamer-judge-")
+    with folder, lesson.watched(), quiet_transformers(), _quiet_trainer():
+        arguments = _arguments(plan, len(lesson.learned), Path(folder.name))
+        trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan.patience)
+        return float(trainer.evaluate()["eval_loss"])
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -213,17 +225,21 @@ def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
 
 
 class _Weights(nn.Module):
-    """Hold a network so that its checkpoints have each tensor once, tied ones too, whatever class it is."""
+    """Hold a network so that its checkpoints have what is trained, each tensor once, whatever class it is."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return parameters and buffers by name."""
-        return {name: values.detach() for name, values in self.network.named_parameters()} | {
+        """Return the parameters that are trained, and buffers, by name."""
+        return {name: values.detach() for name, values in self.trained().items()} | {
             name: values for name, values in self.network.named_buffers() if values.numel()
         }
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the parameters that are trained by name."""
+        return {name: values for name, values in self.network.named_parameters() if values.requires_grad}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
         """Put values back."""
@@ -285,7 +301,8 @@ class _Watch(TrainerCallback):
 
     def __init__(self, progress: Progress, label: str) -> None:
         self.progress, self.label = progress, label
-        self.first: list[float] = []
+        self.usual = 0.0
+        self.losses: list[float] = []
         self.diverged = False
         self._stage: Any = None
         self._advance: Callable[[float], None] = lambda units: None
@@ -307,15 +324,15 @@ class _Watch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is None:
             return
-        if len(self.first) < FIRST_LOSSES and math.isfinite(loss):
-            self.first.append(loss)
-        usual = sum(self.first) / max(1, len(self.first))
-        if not math.isfinite(loss) or (len(self.first) == FIRST_LOSSES and loss > DIVERGED * usual):
+        self.losses.append(loss)
+        usual = max(self.usual, _mean(self.losses[: RECENT // 2]))
+        recent = _mean(self.losses[-RECENT:])
+        if not math.isfinite(loss) or (len(self.losses) > RECENT and recent > DIVERGED * usual):
             self.diverged = True
             control.should_training_stop = True
             self.progress.say(
-                f"{self.label}: the loss is {loss:.3g} at step {state.global_step} where it was {usual:.3g}: stopped, "
-                "the best weights so far are kept; a lower rate may do"
+                f"{self.label}: the loss is {recent:.3g} at step {state.global_step} where it was {usual:.3g}: "
+                "stopped, the best weights so far are kept; a lower rate may do"
             )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -324,16 +341,26 @@ class _Watch(TrainerCallback):
             self._stage.__exit__(None, None, None)
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 @contextmanager
-def _trainable(network: nn.Module, frozen: tuple[type[nn.Module], ...]) -> Iterator[None]:
-    """Let parameters be trained while the `with` lasts, but those of frozen layers; weights that are zero stay so."""
+def _trainable(network: nn.Module, plan: Plan) -> Iterator[None]:
+    """Let what the plan says be trained while the `with` lasts, and nothing else; weights that are zero stay so."""
     flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    still = {id(part) for module in network.modules() if isinstance(module, frozen) for part in module.parameters()}
+    still = {
+        id(part) for module in network.modules() if isinstance(module, plan.frozen) for part in module.parameters()
+    }
+    if plan.only is not None:
+        still = {id(part) for name, part in network.named_parameters() if name not in plan.only}
     handles = []
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in still)
+        if plan.only is not None or not parameter.requires_grad or parameter.ndim < 2:
+            continue
         zeros = parameter.detach() == 0
-        if parameter.requires_grad and parameter.ndim > 1 and bool(zeros.any()):
+        if bool(zeros.any()):
             stays = ~zeros
             keep = partial(torch.mul, stays)
             handles.append(parameter.register_hook(keep))  # type: ignore[no-untyped-call]

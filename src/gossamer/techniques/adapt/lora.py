@@ -1,0 +1,254 @@
+"""The technique `lora`: thin layers are trained beside weights that stand still, then kept there or added to them.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; over rounded weights, Dettmers et al., "QLoRA",
+2023. The thin layers are `peft`'s while they are trained. They begin at nothing, or where `compensate` left them.
+
+    keep     they stay beside the weight: an adapter that `peft` reads beside a Hugging Face folder, two more products
+             in a graph. 16 R (O + I) bits.
+    merge    W' = W + U D takes their place, in float32. Where W had codes, the step that rounded it rounds W' with the
+             same settings and calibration rows. Whatever of U D is smaller than a step of the grid may be lost there:
+             the loss is measured again, and where nothing of the gain is left the codes stay as they were.
+
+Weights that an earlier step made zero are zero after merging too.
+
+Shape suffixes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gossamer.errors import TechniqueError
+from gossamer.models.adapters import adapted_map, put_adapter, taken_out
+from gossamer.models.candidate import Candidate
+from gossamer.models.quantized import Quantized
+from gossamer.models.roles import ModelMap
+from gossamer.recipe import Step
+from gossamer.run.fingerprint import hash_json
+from gossamer.techniques.adapt.layers import adaptable, check_rank
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.training import TrainingTechnique
+
+FILE = "adapters.safetensors"
+MASKING = ("sparsify",)
+
+
+class Lora(TrainingTechnique):
+    """Train thin layers beside the linear layers inside blocks, whose own weights stand still.
+
+    In a recipe: `- lora: {rank: 16, epochs: 3}`, behind steps that round (it then stays beside the codes) or before
+    them (it is then added to the weights). Hu et al., "LoRA", 2021.
+    """
+
+    name: ClassVar[str] = "lora"
+    family: ClassVar[str] = "adapt"
+    needs: ClassVar[Needs] = Needs(
+        training=True,
+        gradients=True,
+        roles=("linear",),
+        after=("vocabulary", "prune", "sparsify", "low_rank", "distill", "compensate"),
+        before=("kv_cache", "cast"),
+    )
+
+    rank: int = Field(16, ge=1, description="of the change of each layer")
+    alpha: int = Field(32, ge=1, description="the change is scaled by alpha / rank")
+    kind: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="lora, with alpha / sqrt rank (rslora), or with trained lengths of outputs (dora)"
+    )
+    merge: bool = Field(False, description="add the change to the weights at the end, instead of keeping it beside")
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="roles, module names, patterns with * or re:... ; what gets a change"
+    )
+    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
+    rate: float = Field(2e-4, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return nothing: what weights hold is other steps' matter.
+
+        Raises RecipeError for a pattern that matches nothing, and for a rank that makes a layer larger.
+        """
+        for layer in adaptable(model, self.name, self.targets, self.ignore):
+            check_rank(layer, self.rank, self.name)
+        return []
+
+    def after(self, model: ModelMap) -> ModelMap:
+        """Return the map of the model with the thin layers, or without any where they are merged."""
+        layers = adaptable(model, self.name, self.targets, self.ignore)
+        return adapted_map(model, {layer.name: 0 if self.merge else self.rank for layer in layers})
+
+    def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
+        """Return the bytes of the original, and of the thin layers with gradients and two moments."""
+        layers = adaptable(model, self.name, self.targets, self.ignore)
+        return 4 * (model.num_parameters + 4 * self.rank * sum(sum(layer.shape) for layer in layers))
+
+    def label(self) -> str:
+        """Return kind and rank: `lora rank 16`."""
+        return f"{self.kind} rank {self.rank}{', merged' if self.merge else ''}"
+
+    def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
+        """Return the candidate after training, or as it was where rows held back say that it is not better."""
+        self._check(candidate, context)
+        names = [layer.name for layer in adaptable(model, self.name, self.targets, self.ignore)]
+        inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
+        begun = self._begun(candidate, names)
+
+        def build(folder: Path) -> dict[str, Any]:
+            assert context.run is not None
+            checkpoints = context.run.cache / f"lora-{hash_json(inputs)[:12]}"
+            found, values = self._trained(candidate, context, names, begun, checkpoints)
+            save_file(values, folder / FILE)
+            return found
+
+        if context.run is None:
+            with TemporaryDirectory(prefix="gossamer-lora-") as folder:
+                found, values = self._trained(candidate, context, names, begun, Path(folder) / "checkpoints")
+        else:
+            step = context.run.step("adapted", inputs, build)
+            found, values = step.value, load_file(step.folder / FILE)
+        if not self.merge:
+            for name in names:
+                put_adapter(candidate.module, name, values[f"{name}.up"], values[f"{name}.down"])
+        elif found["kept"]:
+            self._merge(
+                candidate, model, context, {f"{name}.weight": values[f"{name}.merged"] for name in names}, found
+            )
+        candidate.applied.append(self.entry())
+        return candidate
+
+    def _check(self, candidate: Candidate, context: Context) -> None:
+        super()._check(candidate, context)
+        if self.kind == "dora" and not self.merge:
+            raise TechniqueError(
+                "dora changes the lengths of a weight's rows, which no thin layer beside it can",
+                "set merge: true, or kind: lora",
+            )
+
+    def _begun(self, candidate: Candidate, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Take out the thin layers that an earlier step left; raise where this one does not go on from them."""
+        begun = taken_out(candidate.module)
+        ranks = {down_RI.shape[0] for _, down_RI in begun.values()}
+        if begun and (set(begun) != set(names) or ranks != {self.rank} or self.kind == "dora"):
+            raise TechniqueError(
+                f"compensate left layers of rank {max(ranks)} beside {len(begun)} weights, and this step trains "
+                f"{self.kind} of rank {self.rank} beside {len(names)}",
+                "give both steps the same rank, targets and ignore, and kind: lora or rslora",
+            )
+        return begun
+
+    def _trained(
+        self,
+        candidate: Candidate,
+        context: Context,
+        names: Sequence[str],
+        begun: Mapping[str, tuple[Tensor, Tensor]],
+        checkpoints: Path,
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Train, leave the candidate without thin layers, and return what came of it: the loss, and the values."""
+        from gossamer.train.adapters import adapters, read_adapter  # peft takes seconds to import
+        from gossamer.train.loop import train
+
+        lesson = self._lesson(candidate, context)
+        put = adapters(
+            candidate.module, names, rank=self.rank, alpha=self.alpha, kind=self.kind, start=begun, seed=context.seed
+        )
+        with put as layers:
+            only = frozenset(name for name, part in candidate.module.named_parameters() if part.requires_grad)
+            plan = replace(self._plan(context), only=only)
+            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name)
+            values = {}
+            for name, layer in layers.items():
+                adapter = read_adapter(layer)
+                if self.merge:
+                    values[f"{name}.merged"] = adapter.merged
+                else:
+                    values |= {f"{name}.up": adapter.up_OR, f"{name}.down": adapter.down_RI}
+        verdict = "" if outcome.better else ": nothing is changed"
+        context.progress.say(
+            f"{self.name}: loss on {len(lesson.judged)} rows held back {outcome.before:.3e} before, "
+            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
+        )
+        found = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps, "kept": outcome.better}
+        return found, values
+
+    def _merge(
+        self,
+        candidate: Candidate,
+        model: ModelMap,
+        context: Context,
+        values: Mapping[str, Tensor],
+        found: Mapping[str, Any],
+    ) -> None:
+        """Put other weights in place: zero where masks were, rounded again where there were codes."""
+        codes = {name: candidate.quantized[name] for name in values if name in candidate.quantized}
+        masked = _masked(candidate.applied)
+        for name, merged in values.items():
+            now = torch.where(candidate.values(name) == 0, 0.0, merged) if masked else merged
+            if name in codes:
+                candidate.unset_quantized(name, now)
+            else:
+                candidate.put_weight(name, partial(_itself, now))
+        if not codes:
+            return
+        identity = {**context.identity, "merged": [*candidate.applied, self.entry()], "rows": context.training_print}
+        _round_again(candidate, model, replace(context, identity=identity), codes)
+        moved = sum(int((candidate.quantized[name].codes != before.codes).sum()) for name, before in codes.items())
+        share = moved / sum(before.codes.numel() for before in codes.values())
+        after = self._loss(candidate, context)
+        stays = "" if after < found["before"] else ": nothing is left of the gain, so the codes stay as they were"
+        context.progress.say(
+            f"{self.name}: merged and rounded again, {share:.1%} of the codes moved: loss {after:.3e} where it was "
+            f"{found['before']:.3e} before and {found['after']:.3e} with the change beside{stays}"
+        )
+        if stays:
+            for name, before in codes.items():
+                candidate.set_quantized(name, before)
+
+    def _loss(self, candidate: Candidate, context: Context) -> float:
+        """Return the loss on the rows held back."""
+        from gossamer.train.loop import judge
+
+        return judge(self._lesson(candidate, context), self._plan(context))
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: it is carried out where a recipe asks for it."""
+        yield from ()
+
+
+def _itself(values: Tensor) -> Tensor:
+    return values
+
+
+def _masked(applied: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether a step that was applied took weights out one by one."""
+    return any(
+        name in MASKING or settings.get("sparsity") or settings.get("pattern")
+        for entry in applied
+        for name, settings in entry.items()
+    )
+
+
+def _round_again(candidate: Candidate, model: ModelMap, context: Context, codes: Mapping[str, Quantized]) -> None:
+    """Round weights that had codes by the steps that made these, with the same settings."""
+    from gossamer.techniques.registry import build  # which imports every technique
+
+    entries, left = list(candidate.applied), set(codes)
+    for name, settings in (item for entry in entries for item in entry.items()):
+        step = build(Step(technique=name, settings=settings))
+        decided = step.resolve(model) if step.family == "quantize" else []
+        names = [one.layer.name for one in decided if one.weight is not None and one.parameter in left]
+        if names:
+            step.model_copy(update={"targets": tuple(names), "ignore": ()}).apply(candidate, model, context)
+            left -= {f"{name}.weight" for name in names}
+    assert not left, f"no step that was applied rounds {sorted(left)[0]}"
+    candidate.applied[:] = entries

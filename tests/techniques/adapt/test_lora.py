@@ -1,0 +1,143 @@
+"""`lora` on tiny language models: what stands still, what is kept beside, what is merged and rounded again."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gossamer.errors import TechniqueError
+from gossamer.models.adapters import adapters_of
+from gossamer.models.candidate import Candidate
+from gossamer.run.workspace import Run
+from gossamer.tasks.base import Batch
+from gossamer.train.adapters import adapters, read_adapter
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
+logits, opened, carried_out = TINY["logits"], TINY["opened"], TINY["carried_out"]
+SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-3, "precision": "fp32", "labels": 0, "rank": 4}
+ROUNDED = ("quantize", {"bits": 3, "group_size": 16, "ignore": ["lm_head"]})
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim > 1 else None
+    return model
+
+
+def rows(count: int = 160) -> list[Batch]:
+    draw = np.random.default_rng(1)
+    return [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(count)]
+
+
+def made(entries: list[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
+    candidate, model, context = opened(llama(), **more)
+    context = dataclasses.replace(context, training=rows, training_print="rows")
+    found, _, _ = carried_out(candidate, model, context, entries)
+    assert isinstance(found, Candidate)
+    return found
+
+
+def distance(candidate: Candidate) -> float:
+    """Return the mean divergence from the original on rows that nothing learned from."""
+    original, total = llama(), 0.0
+    for row in rows(200)[160:]:
+        inputs = {"input_ids": torch.from_numpy(row.inputs["input_ids"])}
+        with torch.no_grad():
+            p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total / 40
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_kept_beside_codes_it_comes_nearer_and_codes_stay(kind: str) -> None:
+    rounded = made([ROUNDED])
+    found = made([ROUNDED, ("lora", {**SHORT, "kind": kind})])
+    assert distance(found) < 0.8 * distance(rounded)
+    assert all(torch.equal(found.quantized[n].codes, codes.codes) for n, codes in rounded.quantized.items())
+    assert {f"{name}.weight" for name, _ in adapters_of(found.module)} == set(rounded.quantized)
+    for name, codes in rounded.quantized.items():
+        assert torch.equal(found.module.get_parameter(name), codes.dequantize())
+
+
+def test_it_goes_on_from_what_compensate_left() -> None:
+    solved = made([ROUNDED, ("compensate", {"rank": 4})])
+    found = made([ROUNDED, ("compensate", {"rank": 4}), ("lora", SHORT)])
+    assert distance(found) < 0.95 * distance(solved)
+    with pytest.raises(TechniqueError, match="rank 4 beside 14 weights, and this step trains lora of rank 2"):
+        made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "rank": 2})])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_into_floats_nothing_stands_beside(kind: str) -> None:
+    cut = ("sparsify", {"sparsity": 0.5})
+    before = made([cut])
+    found = made([cut, ("lora", {**SHORT, "kind": kind, "merge": True})])
+    assert distance(found) < distance(before)
+    assert not list(adapters_of(found.module))
+    layer = "model.layers.0.mlp.up_proj.weight"
+    was, now = (one.module.get_parameter(layer) for one in (before, found))
+    assert bool((now[was == 0] == 0).all()), "a mask outlives merging"
+    assert not torch.equal(was, now)
+
+
+def test_merged_into_codes_they_are_rounded_again_or_stay() -> None:
+    eight = ("quantize", {"bits": 4, "group_size": 16, "ignore": ["lm_head"]})
+    rounded = made([eight])
+    found = made([eight, ("lora", {**SHORT, "merge": True, "epochs": 8})])
+    assert not list(adapters_of(found.module))
+    assert set(found.quantized) == set(rounded.quantized)
+    for name, codes in found.quantized.items():
+        assert torch.equal(found.module.get_parameter(name), codes.dequantize())
+    assert distance(found) <= distance(rounded) * 1.02
+    assert found.applied[-1] == {"lora": {**SHORT, "merge": True, "epochs": 8.0}}
+
+
+def test_a_run_that_is_there_gives_the_same_bytes(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        with Run(tmp_path / "run", {"verb": "test"}) as run:
+            candidate = made([ROUNDED, ("lora", SHORT)], run=run, identity={"model": "tiny"})
+        found.append({name: values.clone() for name, values in candidate.module.named_parameters()})
+    assert all(torch.equal(found[1][name], values) for name, values in found[0].items())
+
+
+def test_dora_cannot_stand_beside() -> None:
+    with pytest.raises(TechniqueError, match="dora changes the lengths"):
+        made([ROUNDED, ("lora", {**SHORT, "kind": "dora"})])
+
+
+def test_thin_layers_read_as_peft_merges_them() -> None:
+    ours, theirs = llama(), llama()
+    name = "model.layers.1.self_attn.v_proj"
+    flags = {n: p.requires_grad for n, p in ours.named_parameters()}
+    torch.manual_seed(3)
+    up, down = torch.randn(16, 4), torch.randn(4, 32)
+    with adapters(ours, [name], rank=4, alpha=2, kind="rslora", start={name: (up, down)}) as layers:
+        found = read_adapter(layers[name])
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=[name], use_rslora=True)
+    peers = get_peft_model(theirs, config)
+    layer = peers.get_submodule(f"base_model.model.{name}")
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(down)
+        layer.lora_B["default"].weight.copy_(up / layer.scaling["default"])
+    merged = peers.merge_and_unload().get_submodule(name).weight
+    torch.testing.assert_close(found.merged, merged)
+    torch.testing.assert_close(found.up_OR @ found.down_RI, up @ down)
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == flags
+    assert torch.equal(ours.get_submodule(name).weight, llama().get_submodule(name).weight)
+    assert not hasattr(ours, "peft_config")
