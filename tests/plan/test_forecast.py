@@ -25,6 +25,7 @@ from gossamer.plan.search import too_long
 from gossamer.recipe import Recipe, Step
 from gossamer.run.journal import read_journal
 from gossamer.techniques.base import Technique
+from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import recipe_of, resolve
@@ -237,3 +238,13 @@ def test_too_long() -> None:
     assert too_long(10.0, 10.0) == ""
     assert too_long(61.4, 60.0) == "is predicted to take 61 s; 60 s are left"
     assert too_long(5.0, -3.0) == "is predicted to take 5 s; 0 s are left"
+
+
+def test_a_step_that_trains_has_a_stage_of_its_own(job: Job, rates: Rates) -> None:
+    learning = replace(job, rows=replace(job.rows, others=job.rows.calibration * 10))
+    forecaster = Forecaster(learning, rates)
+    seconds = {stage.name: stage.seconds for stage in forecaster.of((Distill(epochs=2),)).stages}
+    assert "train" in seconds
+    assert "round" not in seconds
+    longer = {stage.name: stage.seconds for stage in forecaster.of((Distill(epochs=4),)).stages}
+    assert longer["train"] == pytest.approx(2 * seconds["train"], rel=0.01)

@@ -4,7 +4,7 @@
     original    score and time it in a process of its own           write       the artifact's files
     observe     calibration samples through the blocks, moments     prove       open the files again, check, score, time
     solve       codes and scales of each block                      publish     copy the artifact into place
-    pass on     samples through the solved blocks
+    pass on     samples through the solved blocks                   train       rows forward and back
 
 Seconds come from counts (passes, multiply-accumulates, bytes) divided by rates that were measured on this machine with
 this model (`rates.py`); memory from what each stage holds at once, all processes together. The counts that no formula
@@ -32,7 +32,7 @@ from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
 from gossamer.plan.predict import bytes_beside_saved
 from gossamer.plan.proof import NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
-from gossamer.plan.rates import Rates, values_of
+from gossamer.plan.rates import Rates, training_seconds, values_of
 from gossamer.plan.records import DiskUse, Forecast, Stage
 from gossamer.run.atomic import existing, readable_bytes
 from gossamer.runtimes.torch_streamed import BYTES_OF_A_SAMPLE
@@ -42,7 +42,7 @@ from gossamer.techniques.quantize.layers import num_inputs
 from gossamer.techniques.sweep import NUM_GATED
 from gossamer.techniques.sweep_memory import SweepMemory
 
-STAGES = ("open", "original", "observe", "solve", "pass on", "round", "compare", "write", "prove", "publish")
+STAGES = ("open", "original", "observe", "solve", "pass on", "round", "train", "compare", "write", "prove", "publish")
 CHILD_BYTES = 250 << 20  # of a serving process that has opened nothing, beyond what it shares with this one
 TIMED_SECONDS, TURNS_SECONDS = 8.0, 15.0  # that one timing takes, alone and in turns with the original
 START_SECONDS = 4.0  # that a serving process takes to import what it needs
@@ -139,8 +139,9 @@ class Forecaster:
                 passes = step.model_passes(len(job.rows.others) if learns else len(job.calibration))
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
-                seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * rates.pass_seconds
-                costs.add("round", own + codes + working, seconds)
+                each = training_seconds(job) if learns and whole and job.calibration else rates.pass_seconds
+                seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * each
+                costs.add("train" if learns else "round", own + codes + working, seconds)
             codes += weights if whole else 0
         batches = min(len(job.evaluation), NUM_CHECKED_BATCHES if whole else NUM_STREAMED_BATCHES)
         values = batches * values_of(job.evaluation) / len(job.evaluation)

@@ -2,6 +2,7 @@
 
     opening, one pass, scoring one batch     the original in this process, on rows of the job
     multiplying                              float32 matrices, as solvers do
+    training                                 one step forward and back on a mini-batch, where a recipe trains
     writing                                  a file, flushed to disk
 
 Of a model that is read piece by piece one pass reads every weight from disk; what is left of it when the
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.measure.machine import multiplies_bf16
 from gossamer.measure.memory import release_unused, resident_bytes
 from gossamer.models.candidate import Candidate
 from gossamer.models.walker import block_keys
@@ -33,6 +35,8 @@ from gossamer.tasks.base import Arrays, Batch, spread
 NUM_BATCHES = 3  # that are scored, the first to warm up
 MATRIX, REPEATS = 768, 8
 WRITTEN_BYTES = 16 << 20
+TIMED_STEPS, TIMED_ROWS = 3, 16
+STEP_PASSES = 3  # forward, and twice that back
 
 
 class Rates(Record):
@@ -85,6 +89,37 @@ def _measure(job: Job, folder: Path) -> Rates:
         bytes_per_second=bytes_per_second(folder),
         **of_batches,
     )
+
+
+def training_seconds(job: Job) -> float:
+    """Return the seconds of one training pass for one value of a first input; a step forward and back takes three.
+
+    Measured once for each run folder, on mini-batches of calibration rows, in the precision that training has here.
+    """
+
+    def build(_: Path) -> dict[str, Any]:
+        with job.progress.stage("how fast it trains", None):
+            return {"seconds": _time_training(job)}
+
+    inputs = job.step_inputs(threads=job.threads, rows=job.prints["calibration"])
+    return float(job.run.step("training-rate", inputs, build).value["seconds"])
+
+
+def _time_training(job: Job) -> float:
+    from gossamer.train.rows import collate, parts_of  # what trains is imported where something trains
+
+    candidate, found = job.candidate(), []
+    candidate.module.requires_grad_(True)
+    for number in range(TIMED_STEPS):
+        rows = [job.calibration[(number * TIMED_ROWS + i) % len(job.calibration)] for i in range(TIMED_ROWS)]
+        began = time.perf_counter()
+        for inputs, _ in parts_of(collate(rows)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
+                outputs = candidate.source.forward(candidate.module, inputs, job.task.output)
+            torch.autograd.backward(outputs.float().square().mean())
+        candidate.module.zero_grad()
+        found.append((time.perf_counter() - began) / values_of(rows))
+    return min(found) / STEP_PASSES
 
 
 def values_of(batches: Sequence[Batch]) -> int:
