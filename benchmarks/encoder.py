@@ -149,9 +149,9 @@ def library(found: Found) -> str:
     return next(name for name in ("onnx", "openvino", "torch") if name in runtime)
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parsed(about: str) -> argparse.Namespace:
+    """Return the command line's arguments; the demo's model and rows where none are named."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, help="texts are cut to so many tokens, and a timed request has as many")
     parser.add_argument("--rows", type=int, help="score on so many held-out rows (default: all)")
@@ -162,16 +162,21 @@ def main() -> int:
         arguments.data, arguments.evaluation = DEMO_ROWS / "train.jsonl", DEMO_ROWS / "test.jsonl"
     if arguments.data is None or arguments.evaluation is None:
         parser.error("--model needs --data and --eval")
+    arguments.tokens = arguments.tokens or 128
+    return arguments
+
+
+def compare(arguments: argparse.Namespace, peers: Sequence[Peer], kind: str, notes: Sequence[str] = ()) -> int:
+    """Build, score and time the peers beside the original, print the table, and write it into RESULTS.md."""
     if not arguments.model.is_dir():
-        print(f"encoder.py: there is no {arguments.model}\nhint: `make demo` makes it", file=sys.stderr)
+        print(f"there is no {arguments.model}\nhint: `make demo` makes it", file=sys.stderr)
         return 1
-    began = time.monotonic()
-    tokens = arguments.tokens or 128
+    began, tokens = time.monotonic(), arguments.tokens
     settings = {"max_length": tokens, "latency_tokens": tokens}
     contest = make_contest(arguments, "text-classification", settings, arguments.rows)
     prepared = contest.prepared
     calibration = [batch.inputs for batch in prepared.task.batches(prepared.calibration, prepared.source)]
-    entries, skipped = build_all(contest, contenders(), arguments, calibration)
+    entries, skipped = build_all(contest, peers, arguments, calibration)
     batches = batches_of(contest)
     request = prepared.task.latency_inputs(batches)
     say("scoring the original")
@@ -195,14 +200,19 @@ def main() -> int:
     if pairs := duels(contest, found, request, arguments.seconds):
         body.append("Directly against each other, in turns:")
         body.append(table(("", "against", "p50", "p95", "size", "accuracy"), pairs))
-    body += [f"Left out: {line}." for line in skipped]
+    body += [*notes, *(f"Left out: {line}." for line in skipped)]
     text = "\n\n".join(body)
     print(text)
     if not arguments.no_results:
-        title = f"Encoder {arguments.model.name}, {tokens} tokens, {len(batches)} held-out rows"
-        key = f"encoder {arguments.model.name} {tokens}"
+        title = f"{kind} {arguments.model.name}, {tokens} tokens, {len(batches)} held-out rows"
+        key = f"{kind.lower()} {arguments.model.name} {tokens}"
         write_section(key, title, text, threads=contest.threads, seconds=time.monotonic() - began)
     return 0
+
+
+def main() -> int:
+    """Run the benchmark."""
+    return compare(parsed(__doc__), contenders(), "Encoder")
 
 
 if __name__ == "__main__":

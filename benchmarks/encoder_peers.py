@@ -35,6 +35,41 @@ class TorchDynamic(Peer):
 
 
 @dataclass(frozen=True)
+class SmallWeightsZeroed(Peer):
+    """The textbook's pruning: every weight whose magnitude is below a threshold is set to zero, and the model is saved.
+
+    `rounded`: PyTorch's dynamic quantization after it, when the files are opened.
+    """
+
+    threshold: float = 0.01
+    rounded: bool = False
+
+    needs: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+
+    @property
+    def label(self) -> str:
+        """Return its row's name."""
+        return f"weights below {self.threshold:g} set to zero" + (", then PyTorch dynamic int8" if self.rounded else "")
+
+    @property
+    def runtime(self) -> str:
+        """Return what opens a Hugging Face folder: as it is, or rounding while it opens."""
+        return "peer:TorchDynamicInt8" if self.rounded else "torch"
+
+    def quantize(self, material: Material, out: Path) -> None:
+        """Write the folder."""
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        model = AutoModelForSequenceClassification.from_pretrained(material.model, local_files_only=True)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[parameter.abs() < self.threshold] = 0
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(material.model, local_files_only=True).save_pretrained(out)
+
+
+@dataclass(frozen=True)
 class OnnxDynamic(Peer):
     """`onnxruntime.quantization.quantize_dynamic`, per channel, `reduce_range` where there is no VNNI.
 

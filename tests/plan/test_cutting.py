@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
 from gossamer.plan.flow import make_tables
 from gossamer.plan.job import Job
+from gossamer.plan.predict import Corrections
 from gossamer.plan.prepare import Inputs, opened_job, prepare
-from gossamer.plan.proposed_cuts import with_solved_cuts
+from gossamer.plan.proposed_cuts import SolvedCuts
 from gossamer.plan.settled import settled
 from gossamer.plan.specimens import Workshop, block_kinds
 from gossamer.recipe import Recipe
@@ -197,7 +200,7 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
     space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
                         wanted=frozenset(("params",)))  # fmt: skip
     shares = list(Prune.candidates(space))
-    found = with_solved_cuts(graph_job, goal, tables, space, shares)
+    found = SolvedCuts(graph_job, goal, tables, space).in_place_of_shares(shares)
     assert [steps for steps in found if all(isinstance(s, Prune) and s.what == "layers" for s in steps)]
     solved = [steps for steps in found if steps not in shares]
     assert solved
@@ -205,3 +208,20 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
         after = resolved(graph_job.model, steps)[1]
         assert after.num_parameters <= 0.7 * graph_job.model.num_parameters
         assert not any(isinstance(step.to, str) for step in steps if isinstance(step, Prune))
+
+    # measured slower than predicted: more is cut; as predicted: nothing is solved again
+    unchanged = (tables.original.same_runtime_latency or tables.original.latency).p50
+    share = unchanged / tables.original.latency.p50
+    part = 0.45 * unchanged  # of one of two blocks
+    table = BlockTimes(
+        stack="bert.encoder.layer", blocks=(0, 1), format=FLOAT, seconds=part,
+        cut={"ffn": ((8, 0.3 * part), (128, part)), "heads attention": ((1, 0.7 * part), (2, part))},
+    )  # fmt: skip
+    goal, space = parse_goal(f"latency <= {100 * 0.75 * share:.4f}%"), replace(space, wanted=frozenset(("latency",)))
+    cuts = SolvedCuts(graph_job, goal, replace(tables, blocks=(table,)), space)
+    first = cuts.in_place_of_shares(shares)[-2]  # the gentler of two margins
+    assert cuts.again(first, Corrections()) == []
+    again = cuts.again(first, Corrections(latency={"": log(1.15)}))
+    assert again
+    assert resolved(graph_job.model, again[0])[1].num_parameters < resolved(graph_job.model, first)[1].num_parameters
+    assert cuts.again((Prune(what="layers", remove=1),), Corrections(latency={"": log(1.15)})) == []

@@ -247,4 +247,4 @@ def test_a_step_that_trains_has_a_stage_of_its_own(job: Job, rates: Rates) -> No
     assert "train" in seconds
     assert "round" not in seconds
     longer = {stage.name: stage.seconds for stage in forecaster.of((Distill(epochs=4),)).stages}
-    assert longer["train"] == pytest.approx(2 * seconds["train"], rel=0.01)
+    assert longer["train"] == pytest.approx(2 * seconds["train"], abs=0.02)  # rounded

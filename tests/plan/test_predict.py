@@ -7,7 +7,8 @@ from math import exp, log, sqrt
 
 import pytest
 
-from gossamer.plan.predict import Corrections, Tables, as_figures, predict
+from gossamer.plan.predict import Corrections, Tables, as_figures, cut_key, predict
+from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 
@@ -93,6 +94,18 @@ def test_what_was_measured_corrects_the_next_prediction_of_its_kind(tables: Tabl
     assert 1 - predict(tables, [INT4], corrections).quality_share == pytest.approx(0.04 * sqrt(4))
     corrections.learn("8", after, latency_share=after.latency_share, quality_share=after.quality_share)
     assert corrections.latency["8"] == pytest.approx(log(2))  # a right prediction changes nothing
+
+
+def test_what_cuts_and_trains_as_a_measured_recipe_loses_what_that_one_lost(tables: Tables) -> None:
+    learned = Distill()
+    corrections = Corrections()
+    before = predict(tables, [learned, INT8])
+    assert before.quality_share > 0.95
+    corrections.learn("8", before, latency_share=None, quality_share=0.9, cuts=cut_key([learned, INT8]))
+    assert predict(tables, [learned, INT8], corrections).quality_share == pytest.approx(0.9)
+    assert predict(tables, [learned, INT4], corrections).quality_share < 0.95  # the same but for rounding
+    half = sqrt(0.1 / (1 - before.quality_share))
+    assert 1 - predict(tables, [INT4], corrections).quality_share == pytest.approx(0.04 * half)
 
 
 def test_figures_carry_the_names_that_goals_use(tables: Tables) -> None:

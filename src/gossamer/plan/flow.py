@@ -23,7 +23,7 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.proposed_cuts import tables_of_blocks, with_solved_cuts
+from gossamer.plan.proposed_cuts import SolvedCuts, tables_of_blocks
 from gossamer.plan.ranking import time_budget, upper_bounds
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
@@ -57,9 +57,9 @@ def optimize_run(
     ):
         check_measurable(job, goal)
         tables, reference = make_tables(job, goal)
-        found = proposals(job, goal, tables, len(prepared.calibration))
+        found, cuts = proposals(job, goal, tables, len(prepared.calibration))
         deadline = None if budget is None else began + budget
-        search = Search(job, goal, tables, reference, Forecaster(job, measured_rates(job)))
+        search = Search(job, goal, tables, reference, Forecaster(job, measured_rates(job)), cuts)
         result = search.run(found, max_candidates=max_candidates, deadline=deadline)
         return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
 
@@ -227,19 +227,20 @@ def _float_bytes(job: Job) -> dict[str, int]:
     return {f"{name}.weight": 2 for name, dtype in stored.items() if dtype in narrow and job.runtime.keeps_16_bits}
 
 
-def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> list[Steps]:
-    """Return every technique's own proposals, and those whose widths or cuts are chosen for this goal."""
+def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> tuple[list[Steps], SolvedCuts]:
+    """Return the recipes that there are to choose from for this goal, and what solves cuts for it."""
     bounds = upper_bounds(goal, tables.original)
     space = replace(_space(job, goal), calibration_rows=calibration_rows, bounds=bounds)
-    found = with_solved_cuts(job, goal, tables, space, recipes(space))
+    cuts = SolvedCuts(job, goal, tables, space)
+    found = cuts.in_place_of_shares(recipes(space))
     found += mixed_recipes(job, goal, tables, space)
     if not job.model.experts:
-        return found
+        return found, cuts
 
     def held(steps: Steps) -> bool:
         return refused_by(job.runtime, job.model, steps) is None
 
-    return list(filter(held, found))
+    return list(filter(held, found)), cuts
 
 
 def _space(job: Job, goal: Goal) -> SearchSpace:

@@ -59,12 +59,23 @@ class Menu:
                 wave.append(steps)
         if not wave:
             return False
-        parts = [step for steps in wave for step in steps]
-        self.tables = replace(self.tables, profile=profile(self.job, parts, self.tables.profile))
+        self._profile(wave)
         now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
         self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
         self.open += [*wave, *now_known]
         return True
+
+    def add(self, recipes: Sequence[Steps]) -> None:
+        """Put recipes on the menu that measuring has made worth a look; those that are on it or were taken stay so."""
+        known = {*self.open, *self.waiting, *self.taken, *self.left_out}
+        new = [steps for steps in recipes if steps not in known and self._fits(steps) and self.possible(steps)]
+        if new:
+            self._profile(new)
+            self.open += new
+
+    def _profile(self, recipes: Sequence[Steps]) -> None:
+        parts = [step for steps in recipes for step in steps]
+        self.tables = replace(self.tables, profile=profile(self.job, parts, self.tables.profile))
 
     def possible(self, steps: Steps) -> bool:
         """Say whether a recipe can be carried out now; one that cannot is left out from here on."""

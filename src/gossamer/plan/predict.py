@@ -32,10 +32,15 @@ CAST_BYTES = {"bf16": 2, "fp16": 2}
 
 @dataclass
 class Corrections:
-    """Hold what measuring taught: log-factors on latency (by activation format) and on the lost quality."""
+    """Hold what measuring taught: log-factors on latency (by activation format) and on the lost quality.
+
+    A recipe that cuts or trains as a measured one did (`cuts`) loses what that one lost; for all others the factor is
+    what half of each surprise left.
+    """
 
     latency: dict[str, float] = field(default_factory=dict)
     quality: float = 0.0
+    cuts: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def of(self, formats: str) -> float:
         """Return the log-factor for a kind of arithmetic: its own, else the mean of the kinds that were measured.
@@ -47,12 +52,26 @@ class Corrections:
             return self.latency.get(formats, 0.0)
         return sum(self.latency.values()) / len(self.latency)
 
-    def learn(self, formats: str, predicted: Prediction, latency_share: float | None, quality_share: float) -> None:
+    def of_quality(self, cuts: tuple[str, ...]) -> float:
+        """Return the log-factor on what a recipe loses that cuts and trains like this."""
+        return self.cuts.get(cuts, self.quality)
+
+    def learn(
+        self,
+        formats: str,
+        predicted: Prediction,
+        latency_share: float | None,
+        quality_share: float,
+        cuts: tuple[str, ...] = (),
+    ) -> None:
         """Take one measured candidate in: the next prediction of its kind starts from what was seen."""
         if latency_share is not None:
             self.latency[formats] = self.of(formats) + log(latency_share / predicted.latency_share)
         lost, expected = max(1e-4, 1 - quality_share), max(1e-4, 1 - predicted.quality_share)
-        self.quality += 0.5 * log(lost / expected)
+        surprise = log(lost / expected)
+        if cuts:
+            self.cuts[cuts] = self.of_quality(cuts) + surprise
+        self.quality += 0.5 * surprise
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections
     size = predicted_bytes(tables, decisions, after)
     latency = predicted_latency(tables, decisions, after) * exp(corrections.of(format_key(decisions)))
     kl = left_by_repairs(steps) * sum(tables.profile.effects[step].kl for step in alone(steps))
-    lost = predicted_loss(tables, steps, kl) * exp(corrections.quality)
+    lost = predicted_loss(tables, steps, kl) * exp(corrections.of_quality(cut_key(steps)))
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes
     return Prediction(
         quality_share=1 - lost,
@@ -177,6 +196,11 @@ def predicted_latency(tables: Tables, decisions: Sequence[Decision], after: Mode
     blocks, left = (sum(stack.num_blocks for stack in model.stacks) for model in (tables.model, after))
     change -= rest * (1 - left / blocks) if blocks and timed and not in_blocks else 0.0
     return max(0.05 * unchanged.p50, unchanged.p50 + change)
+
+
+def cut_key(steps: Sequence[Technique]) -> tuple[str, ...]:
+    """Return what a recipe does besides rounding: recipes that agree in it lose much the same."""
+    return tuple(str(step.entry()) for step in steps if step.family != "quantize")
 
 
 def format_key(decisions: Sequence[Decision]) -> str:

@@ -3,12 +3,14 @@
 How much has to be saved depends on what else a recipe does: with int8 less time is left to take off. For every recipe
 that cuts nothing and whose blocks were timed in its format, the sizes are solved for that meet the goal's bound on what
 is predicted, and those that are a little faster than asked, since predictions miss. A goal without a bound (the least
-latency) gets a few shares of the blocks' time.
+latency) gets a few shares of the blocks' time. Once a recipe with such cuts was measured and took another time than
+predicted, its sizes are solved again for what was seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +28,16 @@ from gossamer.plan.cutting import (
     seconds_by_size,
 )
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Tables, predicted_latency
+from gossamer.plan.predict import Corrections, Tables, format_key, predicted_latency
 from gossamer.plan.specimens import layers_of
-from gossamer.techniques.base import Decision, SearchSpace, resolved
+from gossamer.techniques.base import Decision, SearchSpace, Technique, resolved
 from gossamer.techniques.prune.prune import LESS_WORK, Prune
 from gossamer.techniques.quantize.quantize import Quantize
 
 TIMED, COUNTED = frozenset(("latency", "throughput")), frozenset(("params", "flops"))
 MARGINS = (0.94, 0.85)  # of the bound: what is solved for
 SHARES = (0.75, 0.5, 0.35)  # of the blocks' time, where the goal has no bound
+AS_PREDICTED = 0.03  # in logarithms: what predictions of a measured kind miss anyway
 LEAST_ROWS = 4 * Prune.needs.calibration_rows
 
 
@@ -46,25 +49,55 @@ def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
     return block_times(job, formats_of(job.model, [step.resolve(job.model) for step in runs]))
 
 
-def with_solved_cuts(job: Job, goal: Goal, tables: Tables, space: SearchSpace, found: Sequence[Steps]) -> list[Steps]:
-    """Return recipes with cuts that are solved for the goal in place of those of fixed shares.
+class SolvedCuts:
+    """Propose cuts that are solved for a goal; again, where measuring has shown that predicted times are wrong."""
 
-    As they are where nothing can be solved: no bound on less work, too few rows, blocks that are not understood.
-    """
-    if not space.wanted & LESS_WORK or space.calibration_rows < LEAST_ROWS:
-        return list(found)
-    choices = cutting(job)
-    if choices is None:
-        return list(found)
-    solver, solved = _Solver(goal, tables, choices), dict[Steps, None]()
-    for steps in ((), *(one for one in found if not any(isinstance(step, Prune) for step in one))):
-        together = [joined(cuts, steps, space) if steps else cuts for cuts in solver.cuts(steps)]
-        solved |= {one: None for one in together if one is not None}
-    if not solved:
-        return list(found)
-    kinds = {one.kind for choice in choices.choices for one in choice.dimensions}
-    fixed = [steps for steps in found if not any(isinstance(step, Prune) and step.what in kinds for step in steps)]
-    return [*fixed, *solved]
+    def __init__(self, job: Job, goal: Goal, tables: Tables, space: SearchSpace) -> None:
+        self.space = space
+        self.tables = tables
+        asked = space.wanted & LESS_WORK and space.calibration_rows >= LEAST_ROWS
+        choices = cutting(job) if asked else None
+        self._solver = _Solver(goal, tables, choices) if choices is not None else None
+
+    def in_place_of_shares(self, found: Sequence[Steps]) -> list[Steps]:
+        """Return recipes with cuts that are solved for the goal in place of those of fixed shares.
+
+        As they are where nothing can be solved: no bound on less work, too few rows, blocks that are not understood.
+        """
+        if self._solver is None:
+            return list(found)
+        solved = dict[Steps, None]()
+        for steps in ((), *(one for one in found if not any(isinstance(step, Prune) for step in one))):
+            solved |= dict.fromkeys(self._joined(steps))
+        if not solved:
+            return list(found)
+        fixed = [steps for steps in found if not any(self._cuts(step) for step in steps)]
+        return [*fixed, *solved]
+
+    def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
+        """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.
+
+        Where it took longer than predicted more is cut, where it took less, less.
+        """
+        if self._solver is None or not any(self._cuts(step) for step in steps):
+            return []
+        slower = corrections.of(format_key(resolved(self.tables.model, steps)[0]))
+        if abs(slower) < AS_PREDICTED:
+            return []
+        rest = tuple(step for step in steps if not self._cuts(step) and step.divergence_left == 1)
+        return list(dict.fromkeys(self._joined(rest, exp(slower))))
+
+    def _joined(self, steps: Steps, slower: float = 1.0) -> list[Steps]:
+        assert self._solver is not None
+        cuts = self._solver.cuts(steps, slower)
+        together = [joined(found, steps, self.space) if steps else found for found in cuts]
+        return [one for one in together if one is not None]
+
+    def _cuts(self, step: Technique) -> bool:
+        """Say whether a step cuts what is solved for."""
+        assert self._solver is not None
+        kinds = {one.kind for choice in self._solver.choices.choices for one in choice.dimensions}
+        return isinstance(step, Prune) and step.what in kinds
 
 
 class _Solver:
@@ -77,9 +110,12 @@ class _Solver:
         self.saved: dict[str, NDArray[np.int64]] = {}  # format or count -> what each size of each choice saves
         self.known: dict[tuple[str, int], tuple[Prune, ...]] = {}  # and hundredths of all that can be saved
 
-    def cuts(self, steps: Steps) -> Iterator[tuple[Prune, ...]]:
-        """Yield the cuts that bring a recipe to the goal, alone or together with it."""
-        for quantity, needed in self._needed(steps):
+    def cuts(self, steps: Steps, slower: float = 1.0) -> Iterator[tuple[Prune, ...]]:
+        """Yield the cuts that bring a recipe to the goal, alone or together with it.
+
+        `slower` is how many times longer than predicted its kind takes.
+        """
+        for quantity, needed in self._needed(steps, slower):
             if quantity not in self.saved:
                 counted = quantity in COUNTED
                 of = counted_by_size(self.tables.model, quantity) if counted else self._seconds(quantity)
@@ -95,14 +131,14 @@ class _Solver:
     def _seconds(self, label: str) -> Callable[[Dimension, int], float]:
         return seconds_by_size(self.tables.blocks, label)
 
-    def _needed(self, steps: Steps) -> Iterator[tuple[str, float]]:
+    def _needed(self, steps: Steps, slower: float) -> Iterator[tuple[str, float]]:
         """Yield a format or what is counted, and how much has to be saved: billionths of a second, or a count."""
         decisions, after = resolved(self.tables.model, steps)
         label = None if any(one.dtype for one in decisions) else common_format(self.tables, decisions)
         seconds = predicted_latency(self.tables, decisions, after)
         for bound in self.goal.constraints:
             if bound.quantity in TIMED and label is not None:
-                allowed = allowed_seconds(bound, self.tables)
+                allowed = allowed_seconds(bound, self.tables) / slower
                 yield from ((label, (seconds - margin * allowed) / UNIT_SECONDS) for margin in MARGINS)
             elif bound.quantity in COUNTED:
                 model = self.tables.model

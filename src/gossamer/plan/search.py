@@ -21,8 +21,9 @@ from gossamer.plan.candidates import Steps, name_of
 from gossamer.plan.forecast import Forecaster
 from gossamer.plan.job import Job
 from gossamer.plan.menu import Menu
-from gossamer.plan.predict import Corrections, Tables, format_key, predict, predicted_bytes
+from gossamer.plan.predict import Corrections, Tables, cut_key, format_key, predict, predicted_bytes
 from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
+from gossamer.plan.proposed_cuts import SolvedCuts
 from gossamer.plan.ranking import HOPELESS, Ranked, judge_measured
 from gossamer.plan.records import ExpertTokens, Judged, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
@@ -44,10 +45,17 @@ class Search:
     """Try recipes one after another; every finished step is in the run, so a killed search goes on."""
 
     def __init__(
-        self, job: Job, goal: Goal, tables: Tables, reference: Evaluation, forecaster: Forecaster | None = None
+        self,
+        job: Job,
+        goal: Goal,
+        tables: Tables,
+        reference: Evaluation,
+        forecaster: Forecaster | None = None,
+        cuts: SolvedCuts | None = None,
     ) -> None:
         self.job = job
         self.forecaster = forecaster
+        self.cuts = cuts
         self.deadline: float | None = None
         self.goal = goal
         self.tables = tables
@@ -85,8 +93,11 @@ class Search:
             self._try(best)
             if self.tried[-1].verdict == Verdict.PASS:
                 break
-            if not self.tried[-1].rejected and short_in_quality_alone(self.judgements[-1]):
-                menu.fell_short(best.steps)
+            if not self.tried[-1].rejected:
+                if short_in_quality_alone(self.judgements[-1]):
+                    menu.fell_short(best.steps)
+                if self.cuts is not None:
+                    menu.add(self.cuts.again(best.steps, self.corrections))
         not_tried = [self._as_untried(item) for item in menu.ranked(self.corrections)]
         left_out = [unbuilt(self.tables, steps, f"it {why}") for steps, why in menu.left_out.items()]
         if left_out and not self.tried:
@@ -120,7 +131,8 @@ class Search:
                 figures = tried.measured.figures
                 timed, share = figures.get("latency p50 ratio"), figures["quality"].value
                 ratio = timed.value if timed is not None else None
-                self.corrections.learn(format_key(decisions), item.prediction, ratio, share)
+                cuts = cut_key(item.steps)
+                self.corrections.learn(format_key(decisions), item.prediction, ratio, share, cuts)
         except (ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError) as error:
             tried = tried.model_copy(update={"rejected": error.message})
         tried = tried.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
