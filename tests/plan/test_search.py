@@ -14,7 +14,7 @@ from gossamer.plan.job import Job, Rowset
 from gossamer.plan.menu import WAVE, Menu
 from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
-from gossamer.plan.ranking import judge_measured, judge_prediction, promise, rank, time_budget
+from gossamer.plan.ranking import Ranked, judge_measured, judge_prediction, promise, rank, time_budget
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
 from gossamer.plan.search import Search, short_in_quality_alone
 from gossamer.tasks.base import Evaluation
@@ -282,3 +282,13 @@ def test_the_nearest_sound_candidate_is_handed_over(job: Job, real: Tables, tabl
     none = search._conclude("no recipe is left", [])
     assert (none.chosen, none.verdict) == (None, Verdict.FAIL)
     assert "computes something else" in none.reason
+
+
+def test_a_few_waves_are_looked_at_before_a_recipe_is_tried_that_is_predicted_to_miss(tables: Tables, job: Job) -> None:
+    menu = menu_of("quality >= 99%", tables, job)
+    doubtful = [Ranked((INT4,), predict(tables, [INT4]), -1.0)]
+    assert menu.wants_more(doubtful)
+    assert not menu.wants_more([*doubtful, Ranked((INT8,), predict(tables, [INT8]), 0.1)])
+    menu.waves = 4
+    assert not menu.wants_more(doubtful)
+    assert menu.wants_more([Ranked((INT2,), predict(tables, [INT2]), -3.0)])

@@ -18,6 +18,7 @@ from gossamer.plan.ranking import COUNTED, HOPELESS, LIKELY, Ranked, in_order, o
 from gossamer.techniques.base import SearchSpace, resolved
 
 WAVE = 12  # recipes that are profiled together
+DOUBTFUL, DOUBTFUL_WAVES = -0.5, 4  # a promise below which so many waves are looked at before anything is tried
 STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
 
 
@@ -45,6 +46,7 @@ class Menu:
         fitting = [steps for steps in sized if self._fits(steps)]
         self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
         self.open: list[Steps] = []
+        self.waves = 0
         self.short: list[Steps] = []  # tried, and short in quality alone
         self.repaired: dict[Steps, list[Steps]] = {}  # recipe -> it with each repair that there is
         self.taken: set[Steps] = set()
@@ -60,6 +62,7 @@ class Menu:
         if not wave:
             return False
         self._profile(wave)
+        self.waves += 1
         now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
         self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
         self.open += [*wave, *now_known]
@@ -132,9 +135,10 @@ class Menu:
     def wants_more(self, ranked: Sequence[Ranked]) -> bool:
         """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
 
-        With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
+        Looking at a wave takes as long as one or two tries, so a few are looked at before one is tried that is predicted
+        to miss. With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
         """
-        if all(item.promise < HOPELESS for item in ranked):
+        if all(item.promise < (DOUBTFUL if self.waves < DOUBTFUL_WAVES else HOPELESS) for item in ranked):
             return True
         likely = [item for item in ranked if item.promise >= LIKELY]
         last = set(self.open[-WAVE:])
