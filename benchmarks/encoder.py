@@ -57,6 +57,7 @@ def contenders() -> list[Peer]:
     embedding = {"quantize": {"bits": 8, "targets": ["embedding"]}}
     dynamic = ({"quantize": {"bits": bits, "activations": "dynamic"}}, embedding)
     static = ({"quantize": {"bits": bits, "activations": "static"}}, embedding)
+    smaller = ({"prune": {"what": "heads", "to": "50%"}}, {"prune": {"what": "ffn", "to": "62%"}}, {"distill": {}})
     return [
         TorchDynamic(),
         OnnxFloat32(),
@@ -68,6 +69,7 @@ def contenders() -> list[Peer]:
         OpenVinoFloat32(),
         NncfQuantize(),
         GossamerOnGraph("openvino", static, f"int{bits} static, embeddings int8"),
+        GossamerOnGraph("openvino", (*smaller, *static), f"heads 50%, ffn 62%, distilled, int{bits} static"),
     ]
 
 

@@ -135,8 +135,9 @@ class Menu:
     def wants_more(self, ranked: Sequence[Ranked]) -> bool:
         """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
 
-        Looking at a wave takes as long as one or two tries, so a few are looked at before one is tried that is predicted
-        to miss. With an objective of fewer bytes the waves go on as long as the last one still brought a likely recipe.
+        Looking at a wave takes as long as one or two tries, so a few are looked at before one is tried that is
+        predicted to miss. With an objective of fewer bytes the waves go on as long as the last one still brought a
+        likely recipe.
         """
         if all(item.promise < (DOUBTFUL if self.waves < DOUBTFUL_WAVES else HOPELESS) for item in ranked):
             return True
