@@ -19,6 +19,7 @@ from gossamer.errors import RecipeError
 from gossamer.goal import parse_goal
 from gossamer.models.roles import Dimension
 from gossamer.plan import block_times as timing
+from gossamer.plan import proposed_cuts
 from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
 from gossamer.plan.flow import make_tables
@@ -194,15 +195,19 @@ def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:
     assert change_of_blocks([table], model, fewer, [])[0] == -3.0
 
 
-def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
+def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     goal = parse_goal("params <= 70%")
     tables, _ = make_tables(graph_job, goal)
     space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
                         wanted=frozenset(("params",)))  # fmt: skip
     shares = list(Prune.candidates(space))
-    found = SolvedCuts(graph_job, goal, tables, space).in_place_of_shares(shares)
-    assert [steps for steps in found if all(isinstance(s, Prune) and s.what == "layers" for s in steps)]
-    solved = [steps for steps in found if steps not in shares]
+    cuts = SolvedCuts(graph_job, goal, tables, space, shares)
+    assert cuts.without == [
+        steps for steps in shares if all(isinstance(s, Prune) and s.what == "layers" for s in steps)
+    ]
+    assert cuts.without
+    _, solved = cuts.more(tables)
+    assert cuts.more(tables)[1] == []
     assert solved
     for steps in solved:
         after = resolved(graph_job.model, steps)[1]
@@ -218,8 +223,9 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job) -> None:
         cut={"ffn": ((8, 0.3 * part), (128, part)), "heads attention": ((1, 0.7 * part), (2, part))},
     )  # fmt: skip
     goal, space = parse_goal(f"latency <= {100 * 0.75 * share:.4f}%"), replace(space, wanted=frozenset(("latency",)))
-    cuts = SolvedCuts(graph_job, goal, replace(tables, blocks=(table,)), space)
-    first = cuts.in_place_of_shares(shares)[-2]  # the gentler of two margins
+    monkeypatch.setattr(proposed_cuts, "tables_of_blocks", lambda *_: (table,))
+    cuts = SolvedCuts(graph_job, goal, tables, space, shares)
+    first = cuts.more(tables)[1][0]  # the gentler of two margins
     assert cuts.again(first, Corrections()) == []
     again = cuts.again(first, Corrections(latency={"": log(1.15)}))
     assert again

@@ -292,3 +292,20 @@ def test_a_few_waves_are_looked_at_before_a_recipe_is_tried_that_is_predicted_to
     menu.waves = 4
     assert not menu.wants_more(doubtful)
     assert menu.wants_more([Ranked((INT2,), predict(tables, [INT2]), -3.0)])
+
+
+def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(tables: Tables, job: Job) -> None:
+    menu = menu_of("quality >= 99%", tables, job)
+    asked: list[Tables] = []
+
+    def more(known: Tables) -> tuple[Tables, list[Any]]:
+        asked.append(known)
+        return replace(known, proof_seconds=1.0), [(INT4,)]
+
+    menu.cuts = SimpleNamespace(more=more)  # type: ignore[assignment]
+    menu.open, menu.waiting = [], [(INT8,), (INT2,)]
+    assert menu.next_wave()
+    assert (menu.open, asked) == ([(INT8,), (INT2,)], [])
+    assert menu.next_wave()
+    assert menu.open[-1] == (INT4,)
+    assert menu.tables.proof_seconds == 1.0

@@ -23,7 +23,7 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.proposed_cuts import SolvedCuts, tables_of_blocks
+from gossamer.plan.proposed_cuts import SolvedCuts
 from gossamer.plan.ranking import time_budget, upper_bounds
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
@@ -215,7 +215,6 @@ def make_tables(job: Job, goal: Goal) -> tuple[Tables, Evaluation]:
         unchanged_memory=unchanged_memory,
         proof_seconds=_proof_seconds(job),
         float_bytes=_float_bytes(job),
-        blocks=tables_of_blocks(job, _space(job, goal)),
     )
     return tables, reference
 
@@ -228,12 +227,11 @@ def _float_bytes(job: Job) -> dict[str, int]:
 
 
 def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> tuple[list[Steps], SolvedCuts]:
-    """Return the recipes that there are to choose from for this goal, and what solves cuts for it."""
+    """Return the recipes that there are to choose from for this goal, and what solves cuts where none of them does."""
     bounds = upper_bounds(goal, tables.original)
     space = replace(_space(job, goal), calibration_rows=calibration_rows, bounds=bounds)
-    cuts = SolvedCuts(job, goal, tables, space)
-    found = cuts.in_place_of_shares(recipes(space))
-    found += mixed_recipes(job, goal, tables, space)
+    cuts = SolvedCuts(job, goal, tables, space, recipes(space))
+    found = [*cuts.without, *mixed_recipes(job, goal, tables, space)]
     if not job.model.experts:
         return found, cuts
 

@@ -14,6 +14,7 @@ from gossamer.plan.candidates import Steps, repaired
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, predicted_bytes
 from gossamer.plan.profile import profile
+from gossamer.plan.proposed_cuts import SolvedCuts
 from gossamer.plan.ranking import COUNTED, HOPELESS, LIKELY, Ranked, in_order, original_values, rank
 from gossamer.techniques.base import SearchSpace, resolved
 
@@ -36,11 +37,13 @@ class Menu:
         tables: Tables,
         recipes: Sequence[Steps],
         refusal: Callable[[Steps], str] = lambda _: "",
+        cuts: SolvedCuts | None = None,
     ) -> None:
         self.job = job
         self.goal = goal
         self.tables = tables
         self.refusal = refusal
+        self.cuts = cuts
         self.left_out: dict[Steps, str] = {}
         sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
         fitting = [steps for steps in sized if self._fits(steps)]
@@ -52,7 +55,13 @@ class Menu:
         self.taken: set[Steps] = set()
 
     def next_wave(self) -> bool:
-        """Profile the next recipes; return False when none is waiting."""
+        """Profile the next recipes; return False when none is waiting.
+
+        Where a second wave is asked for, what leaves the shapes alone is not likely to do: recipes that cut come next.
+        """
+        if self.cuts is not None and (self.waves or not self.waiting):
+            self.tables, more = self.cuts.more(self.tables)
+            self.waiting[:0] = sorted(filter(self._fits, more), key=lambda steps: -self._bytes(steps))
         size = WAVE if self.job.budget is None else STREAMED_WAVE
         wave: list[Steps] = []
         while self.waiting and len(wave) < size:

@@ -95,13 +95,13 @@ def _for_goal(job: Job, goal: Goal, steps: Steps | None, where: Path, left: floa
     """Return the recipes that are worth a try for a goal (or the one that was named), and those that cannot be held."""
     forecaster = Forecaster(job, measured_rates(job), where=where)
     tables, _ = make_tables(job, goal)
-    found = [steps] if steps is not None else proposals(job, goal, tables, len(job.calibration))[0]
+    found, cuts = ([steps], None) if steps is not None else proposals(job, goal, tables, len(job.calibration))
 
     def refusal(steps: Steps) -> str:
         found = forecaster.of(steps)
         return found.refusal or too_long(found.seconds, left)
 
-    menu = Menu(job, goal, tables, found, refusal if steps is None else lambda _: "")
+    menu = Menu(job, goal, tables, found, refusal if steps is None else lambda _: "", cuts)
     ranked = menu.ranked(Corrections())
     while menu.wants_more(ranked) and menu.next_wave():
         ranked = menu.ranked(Corrections())

@@ -1,15 +1,17 @@
 """Cuts that are solved for a goal: what the planner proposes in place of fixed shares, alone and with steps that round.
 
-How much has to be saved depends on what else a recipe does: with int8 less time is left to take off. For every recipe
-that cuts nothing and whose blocks were timed in its format, the sizes are solved for that meet the goal's bound on what
-is predicted, and those that are a little faster than asked, since predictions miss. A goal without a bound (the least
-latency) gets a few shares of the blocks' time. Once a recipe with such cuts was measured and took another time than
-predicted, its sizes are solved again for what was seen.
+They are asked for where no recipe that leaves the shapes alone is likely to do. How much has to be saved depends on
+what else a recipe does: with int8 less time is left to take off. For every recipe that cuts nothing and whose blocks
+were timed in its format, the sizes are solved for that meet the goal's bound on what is predicted, and those that are a
+little faster than asked, since predictions miss. A goal without a bound (the least latency) gets a few shares of the
+blocks' time. Once a recipe with such cuts was measured and took another time than predicted, its sizes are solved again
+for what was seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import exp
 
 import numpy as np
@@ -35,6 +37,7 @@ from gossamer.techniques.prune.prune import LESS_WORK, Prune
 from gossamer.techniques.quantize.quantize import Quantize
 
 TIMED, COUNTED = frozenset(("latency", "throughput")), frozenset(("params", "flops"))
+SOLVED = frozenset(("heads", "ffn"))
 MARGINS = (0.94, 0.85)  # of the bound: what is solved for
 SHARES = (0.75, 0.5, 0.35)  # of the blocks' time, where the goal has no bound
 AS_PREDICTED = 0.03  # in logarithms: what predictions of a measured kind miss anyway
@@ -50,41 +53,52 @@ def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
 
 
 class SolvedCuts:
-    """Propose cuts that are solved for a goal; again, where measuring has shown that predicted times are wrong."""
+    """Propose cuts that are solved for a goal; again, where measuring has shown that predicted times are wrong.
 
-    def __init__(self, job: Job, goal: Goal, tables: Tables, space: SearchSpace) -> None:
+    Of the recipes `found`, `without` are those that do not cut what can be solved for: they are looked at first, since
+    timing blocks at every size takes a minute or two.
+    """
+
+    def __init__(self, job: Job, goal: Goal, tables: Tables, space: SearchSpace, found: Sequence[Steps]) -> None:
+        self.job = job
+        self.goal = goal
         self.space = space
         self.tables = tables
-        asked = space.wanted & LESS_WORK and space.calibration_rows >= LEAST_ROWS
-        choices = cutting(job) if asked else None
-        self._solver = _Solver(goal, tables, choices) if choices is not None else None
+        asked = bool(space.wanted & LESS_WORK) and space.calibration_rows >= LEAST_ROWS
+        self._shares = [steps for steps in found if asked and any(_cuts(step) for step in steps)]
+        self._waits = asked
+        self.without = [steps for steps in found if steps not in self._shares]
+        self._solver: _Solver | None = None
 
-    def in_place_of_shares(self, found: Sequence[Steps]) -> list[Steps]:
-        """Return recipes with cuts that are solved for the goal in place of those of fixed shares.
+    def more(self, tables: Tables) -> tuple[Tables, list[Steps]]:
+        """Return tables that know how long blocks take, and recipes that cut; nothing more when asked again.
 
-        As they are where nothing can be solved: no bound on less work, too few rows, blocks that are not understood.
+        Those of fixed shares where nothing can be solved: blocks that are not understood.
         """
-        if self._solver is None:
-            return list(found)
+        if not self._waits:
+            return tables, []
+        self._waits = False
+        self.tables = tables = replace(tables, blocks=tables_of_blocks(self.job, self.space))
+        choices = cutting(self.job)
+        if choices is None:
+            return tables, self._shares
+        self._solver = _Solver(self.goal, tables, choices)
         solved = dict[Steps, None]()
-        for steps in ((), *(one for one in found if not any(isinstance(step, Prune) for step in one))):
+        for steps in ((), *(one for one in self.without if not any(isinstance(step, Prune) for step in one))):
             solved |= dict.fromkeys(self._joined(steps))
-        if not solved:
-            return list(found)
-        fixed = [steps for steps in found if not any(self._cuts(step) for step in steps)]
-        return [*fixed, *solved]
+        return tables, list(solved) or self._shares
 
     def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
         """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.
 
         Where it took longer than predicted more is cut, where it took less, less.
         """
-        if self._solver is None or not any(self._cuts(step) for step in steps):
+        if self._solver is None or not any(_cuts(step) for step in steps):
             return []
         slower = corrections.of(format_key(resolved(self.tables.model, steps)[0]))
         if abs(slower) < AS_PREDICTED:
             return []
-        rest = tuple(step for step in steps if not self._cuts(step) and step.divergence_left == 1)
+        rest = tuple(step for step in steps if not _cuts(step) and step.divergence_left == 1)
         return list(dict.fromkeys(self._joined(rest, exp(slower))))
 
     def _joined(self, steps: Steps, slower: float = 1.0) -> list[Steps]:
@@ -93,11 +107,10 @@ class SolvedCuts:
         together = [joined(found, steps, self.space) if steps else found for found in cuts]
         return [one for one in together if one is not None]
 
-    def _cuts(self, step: Technique) -> bool:
-        """Say whether a step cuts what is solved for."""
-        assert self._solver is not None
-        kinds = {one.kind for choice in self._solver.choices.choices for one in choice.dimensions}
-        return isinstance(step, Prune) and step.what in kinds
+
+def _cuts(step: Technique) -> bool:
+    """Say whether a step cuts what is solved for."""
+    return isinstance(step, Prune) and step.what in SOLVED
 
 
 class _Solver:

@@ -62,17 +62,19 @@ class Search:
         self.original = tables.original
         self.reference = reference
         self.corrections = Corrections()
+        self.seen: list[tuple[Steps, float | None, float]] = []  # recipe, share of the latency, of the quality
         self.tried: list[Tried] = []
         self.judgements: list[list[Judgement]] = []
 
     def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
         """Return what was found. `deadline` is a time.monotonic() value that no recipe is begun to pass."""
         self.deadline = deadline
-        menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal)
+        menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal, self.cuts)
         stop = "no recipe is left"
         while True:
             ranked = menu.ranked(self.corrections)
             while menu.wants_more(ranked) and menu.next_wave():
+                self._learn_again(menu.tables)
                 ranked = menu.ranked(self.corrections)
             if not ranked:
                 break
@@ -104,6 +106,15 @@ class Search:
             stop = f"{len(left_out)} recipes cannot be carried out here: {left_out[0].name} {left_out[0].rejected[3:]}"
         return self._conclude(stop, [*not_tried, *left_out])
 
+    def _learn_again(self, tables: Tables) -> None:
+        """Take in what was measured once more, where tables have come to know how long blocks take."""
+        if tables.blocks == self.tables.blocks:
+            return
+        self.tables, self.corrections = tables, Corrections()
+        for steps, ratio, share in self.seen:
+            key = format_key(resolved(tables.model, steps)[0])
+            self.corrections.learn(key, predict(tables, steps, self.corrections), ratio, share, cut_key(steps))
+
     def _refusal(self, steps: Steps) -> str:
         """Return why a recipe cannot be carried out now: memory, disk, or the time that is left."""
         if self.forecaster is None:
@@ -131,8 +142,8 @@ class Search:
                 figures = tried.measured.figures
                 timed, share = figures.get("latency p50 ratio"), figures["quality"].value
                 ratio = timed.value if timed is not None else None
-                cuts = cut_key(item.steps)
-                self.corrections.learn(format_key(decisions), item.prediction, ratio, share, cuts)
+                self.seen.append((item.steps, ratio, share))
+                self.corrections.learn(format_key(decisions), item.prediction, ratio, share, cut_key(item.steps))
         except (ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError) as error:
             tried = tried.model_copy(update={"rejected": error.message})
         tried = tried.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
