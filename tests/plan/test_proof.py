@@ -20,6 +20,7 @@ from gossamer.runtimes import get_runtime
 from gossamer.runtimes.base import StoredTensor
 from gossamer.runtimes.torch_folder import TorchFolder
 from gossamer.tasks.base import Arrays
+from gossamer.techniques.adapt.compensate import Compensate
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 
@@ -194,25 +195,29 @@ def test_steps_are_applied_in_order_and_all_decisions_kept(job: Job) -> None:
 
 
 def test_the_first_layer_that_a_runtime_refuses_is_named(job: Job) -> None:
-    per_token = Quantize(activations="dynamic", activation_scope="token").resolve(job.model)
-    reason = refused_by(get_runtime("onnxruntime"), job.model, per_token)
+    per_token = Quantize(activations="dynamic", activation_scope="token")
+    reason = refused_by(get_runtime("onnxruntime"), job.model, [per_token])
     assert reason is not None
     assert reason.startswith("bert.encoder.layer.0.attention.self.query: ")
     assert "not one per token" in reason
-    assert refused_by(get_runtime("onnxruntime"), job.model, Quantize(activations="dynamic").resolve(job.model)) is None
+    assert refused_by(get_runtime("onnxruntime"), job.model, [Quantize(activations="dynamic")]) is None
+
+
+def test_thin_layers_beside_weights_need_a_place_in_the_files(job: Job) -> None:
+    steps = [Quantize(bits=8), Compensate(rank=4)]
+    assert refused_by(get_runtime("torch"), job.model, steps) is None
+    assert "have no place for thin layers" in str(refused_by(get_runtime("gguf"), job.model, steps[1:]))
 
 
 def test_four_bit_floats_are_held_beside_bf16_only(job: Job) -> None:
-    codes = Quantize(format="nvfp4", ignore=("classifier",)).resolve(job.model)
-    reason = refused_by(get_runtime("torch"), job.model, codes)
+    codes = Quantize(format="nvfp4", ignore=("classifier",))
+    reason = refused_by(get_runtime("torch"), job.model, [codes])
     assert reason is not None
     assert "cast: {dtype: bf16}" in reason
-    assert refused_by(get_runtime("torch"), job.model, [*codes, *Cast(dtype="bf16").resolve(job.model)]) is None
-    assert refused_by(get_runtime("torch"), job.model, [*codes, *Cast(dtype="fp16").resolve(job.model)]) is not None
-    assert refused_by(get_runtime("onnxruntime"), job.model, codes) is None
-    assert "no place for nf4" in str(
-        refused_by(get_runtime("torch"), job.model, Quantize(format="nf4").resolve(job.model))
-    )
+    assert refused_by(get_runtime("torch"), job.model, [codes, Cast(dtype="bf16")]) is None
+    assert refused_by(get_runtime("torch"), job.model, [codes, Cast(dtype="fp16")]) is not None
+    assert refused_by(get_runtime("onnxruntime"), job.model, [codes]) is None
+    assert "no place for nf4" in str(refused_by(get_runtime("torch"), job.model, [Quantize(format="nf4")]))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ ROUNDED: Steps = (Quantize(bits=4, group_size=32, symmetric=False),)
 def test_what_falls_short_in_quality_is_repaired_before_the_search_goes_elsewhere(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gossamer.plan.flow.proposals", lambda *_: [ROUNDED])
+    monkeypatch.setattr("gossamer.plan.flow.proposals", lambda *_: ([ROUNDED], None))
     monkeypatch.setattr(menu, "LIKELY", -1e9)  # whatever is predicted, the plain recipe is tried first
     monkeypatch.setattr(search, "HOPELESS", -1e9)
     inputs = Inputs(model=speaker, task="causal-lm", data=ROWS, runtime="torch", task_settings={"context": 48},

@@ -294,7 +294,10 @@ def test_a_few_waves_are_looked_at_before_a_recipe_is_tried_that_is_predicted_to
     assert menu.wants_more([Ranked((INT2,), predict(tables, [INT2]), -3.0)])
 
 
-def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(tables: Tables, job: Job) -> None:
+def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.plan.menu.profile", lambda _job, _steps, known: known)
     menu = menu_of("quality >= 99%", tables, job)
     asked: list[Tables] = []
 
