@@ -131,3 +131,16 @@ def test_a_folder_with_an_adapter_is_not_served_piece_by_piece(tmp_path: Path) -
     get_runtime("torch").write(candidate, tmp_path / "out", request)
     with pytest.raises(ArtifactError, match="has an adapter, which is not served piece by piece"):
         get_runtime("torch").open_streamed(tmp_path / "out", threads=1, task=request.task, budget=1 << 20)
+
+
+def test_a_damaged_adapter_is_told_and_nobody_looks_for_pickles_or_on_the_hub(tmp_path: Path) -> None:
+    candidate, request = made(tmp_path)
+    runtime, held = get_runtime("torch"), tmp_path / "out/adapter"
+    runtime.write(candidate, tmp_path / "out", request)
+    whole = (held / "adapter_model.safetensors").read_bytes()
+    (held / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match="adapter does not open"):
+        runtime.open(tmp_path / "out", threads=1, task=request.task)
+    (held / "adapter_model.safetensors").rename(held / "adapter_model.bin")
+    with pytest.raises(ArtifactError, match=r"has no adapter_model\.safetensors"):
+        runtime.open(tmp_path / "out", threads=1, task=request.task)

@@ -16,20 +16,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from gossamer.errors import RuntimeUnavailable
-from gossamer.models.adapters import STORED, adapters_of
+from gossamer.errors import ArtifactError, RuntimeUnavailable
+from gossamer.models.adapters import DOWN, STORED, UP, adapters_of
 
 FOLDER = "adapter"
-FILE = "adapter_model.safetensors"
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PARTS = ("lora_A", "lora_B")
 
 
 def adapter_names(module: nn.Module) -> set[str]:
     """Return the names of the parameters that belong to thin layers."""
-    return {f"{name}.{part}.weight" for name, _ in adapters_of(module) for part in PARTS}
+    return {f"{name}.{part}.weight" for name, _ in adapters_of(module) for part in (DOWN, UP)}
 
 
 def write_adapter(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
@@ -53,7 +52,7 @@ def write_adapter(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     target = folder / FOLDER
     target.mkdir()
     settings.save_pretrained(str(target))
-    config = target / "adapter_config.json"  # sets are written in any order: the same decisions give the same bytes
+    config = target / CONFIG  # sets are written in any order: the same decisions give the same bytes
     said = json.loads(config.read_text(encoding="utf-8"))
     said["target_modules"] = sorted(said["target_modules"])
     config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -61,23 +60,34 @@ def write_adapter(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     tensors = {
         f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight.detach().to(kept).contiguous()
         for name, layer in layers.items()
-        for part in PARTS
+        for part in (DOWN, UP)
     }
     save_file(tensors, target / FILE, metadata={"format": "pt"})
 
 
 def with_adapter(module: nn.Module, folder: Path) -> nn.Module:
-    """Return an opened module with the adapter of its folder, or itself where there is none."""
-    if not (folder / FOLDER).is_dir():
+    """Return an opened module with the adapter of its folder, or itself where there is none.
+
+    Raises ArtifactError where one of its two files is missing (`peft` would look for a pickle, and then on the hub), or
+    where they do not fit the model.
+    """
+    held = folder / FOLDER
+    if not held.is_dir():
         return module
+    if absent := [name for name in (CONFIG, FILE) if not (held / name).is_file()]:
+        raise ArtifactError(f"{held} has no {absent[0]}", "write the artifact again")
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise RuntimeUnavailable(f"{folder / FOLDER} needs peft, which is not installed", "pip install peft") from error
+        raise RuntimeUnavailable(f"{held} needs peft, which is not installed", "pip install peft") from error
     quantizer = getattr(module, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.compressor.decompress_model(module)
-    return PeftModel.from_pretrained(module, str(folder / FOLDER))
+    try:
+        opened: nn.Module = PeftModel.from_pretrained(module, str(held), local_files_only=True)
+    except Exception as error:  # untrusted input: peft raises errors of many kinds
+        raise ArtifactError(f"{held} does not open: {error}", "write the artifact again") from error
+    return opened
 
 
 def load_lines(folder: Path) -> str:
@@ -97,11 +107,3 @@ def stored_parts(header: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
     for name, entry in header.items():
         if name.startswith(PREFIX):
             yield name.removeprefix(PREFIX), entry
-
-
-def values_of(folder: Path) -> dict[str, Tensor]:
-    """Return the thin layers' values of a folder by their names in the model; nothing where there are none."""
-    from safetensors.torch import load_file
-
-    path = folder / FOLDER / FILE
-    return {name.removeprefix(PREFIX): values for name, values in load_file(path).items()} if path.exists() else {}

@@ -77,9 +77,8 @@ class Part:
 def file_parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[Part]:
     """Return the parts of the file; a parameter that two modules share appears under its first name."""
     parts = []
-    replaced = {f"{owner}.weight" for owner in layers} | adapter_names(
-        candidate.module
-    )  # these have a file of their own
+    replaced = {f"{owner}.weight" for owner in layers}
+    replaced |= adapter_names(candidate.module)  # which have a file of their own
     for holder, layout in layouts(candidate.module):
         names = [name for expert in layout.names(holder) for name in expert]
         if _stays_stacked(layout, holder, [name for name in names if name not in replaced], bool(layers)):
