@@ -80,6 +80,8 @@ def test_it_goes_on_from_what_compensate_left() -> None:
     assert distance(found) < 0.95 * distance(solved)
     with pytest.raises(TechniqueError, match="rank 4 beside 14 weights, and this step trains lora of rank 2"):
         made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "rank": 2})])
+    with pytest.raises(TechniqueError, match="merging would round them again"):
+        made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "merge": True})])
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -13,7 +13,7 @@ Shape suffixes: O outputs, I inputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -24,7 +24,7 @@ from gossamer.models.adapters import adapted_map, put_adapter
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
-from gossamer.techniques.adapt.layers import adaptable, check_rank
+from gossamer.techniques.adapt.layers import ThinLayers
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.quantize.bias import corrected_bias
@@ -36,7 +36,7 @@ MIN_SAMPLES = 8
 ROUNDING = ("quantize", "gptq", "learned_rounding", "tune_scales", "sparsify")
 
 
-class Compensate(BlockTechnique):
+class Compensate(ThinLayers, BlockTechnique):
     """Put two thin layers beside each rounded linear layer, the nearest to its rounding error on calibration rows.
 
     In a recipe behind the step that rounds: `- compensate: {rank: 16}`. Liu et al., "EoRA", 2024, section 3.2.
@@ -52,26 +52,14 @@ class Compensate(BlockTechnique):
         excludes=("vocabulary", "prune", "low_rank", "distill", "rotate", "smooth", "awq"),
     )
 
-    rank: int = Field(16, ge=1, description="of the correction of each layer")
-    targets: tuple[str, ...] = Field(
-        ("linear",), description="roles, module names, patterns with * or re:... ; rounded layers that get one"
-    )
-    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
     damping: float = Field(0.01, gt=0, description="share of the mean second moment that is added to the diagonal")
 
-    def resolve(self, model: ModelMap) -> list[Decision]:
-        """Return nothing: what weights hold is other steps' matter.
-
-        Raises RecipeError for a pattern that matches nothing, and for a rank that makes a layer larger.
-        """
-        for layer in adaptable(model, self.name, self.targets, self.ignore):
-            check_rank(layer, self.rank, self.name)
-        return []
+    _codes: Mapping[str, Quantized] = PrivateAttr(default_factory=dict)  # while it is carried out: those that stay
+    _whole: nn.Module | None = PrivateAttr(default=None)  # and the original
 
     def after(self, model: ModelMap) -> ModelMap:
         """Return the map of the model with the thin layers."""
-        layers = adaptable(model, self.name, self.targets, self.ignore)
-        return adapted_map(model, {layer.name: self.rank for layer in layers})
+        return adapted_map(model, {layer.name: self.rank for layer in self.chosen(model)})
 
     def label(self) -> str:
         """Return the rank: `compensate rank 16`."""
@@ -90,7 +78,7 @@ class Compensate(BlockTechnique):
                 f"{others[0]} changed weights before they were rounded: what rounding lost of them is not known",
                 "leave one of the two steps out",
             )
-        layers = {f"{one.name}.weight": one for one in adaptable(model, self.name, self.targets, self.ignore)}
+        layers = {f"{one.name}.weight": one for one in self.chosen(model)}
         plain = [name for name in layers if name not in candidate.quantized]
         if plain:
             raise TechniqueError(
@@ -104,33 +92,13 @@ class Compensate(BlockTechnique):
             rank, (outputs, inputs) = self.rank, layer.shape
             put_adapter(candidate.module, layer.name, torch.zeros(outputs, rank), torch.zeros(rank, inputs))
             candidate.unset_quantized(name, whole.get_parameter(name).detach())
-        # the sweep runs beside the weights as they were: it tells errors with the correction and without
-        Sweep(_Solver.of(self, codes, whole), candidate, model, context, decisions).run()
+        # the sweep runs beside the weights as they were: it tells errors with the correction and without (biases are as
+        # rounding left them on both sides, and are found anew from the original's)
+        carried_out = self.model_copy()
+        carried_out._codes, carried_out._whole = codes, whole
+        Sweep(carried_out, candidate, model, context, decisions).run()
         candidate.applied.append(self.entry())
         return candidate
-
-    def solve(self, block: Block) -> None:
-        """Raise: `_Solver` knows the codes."""
-        raise NotImplementedError
-
-    @classmethod
-    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: one bit more costs as many bytes (docs/concepts/adapters.md)."""
-        yield from ()
-
-
-class _Solver(Compensate):
-    """The same step while it is carried out, with the codes that stay."""
-
-    _codes: Mapping[str, Quantized] = PrivateAttr()
-    _whole: nn.Module = PrivateAttr()
-
-    @classmethod
-    def of(cls, step: Compensate, codes: Mapping[str, Quantized], whole: nn.Module) -> Self:
-        """Return a step's solver."""
-        made = cls.model_validate(step.model_dump())
-        made._codes, made._whole = codes, whole
-        return made
 
     @property
     def layer_by_layer(self) -> bool:
@@ -164,5 +132,11 @@ class _Solver(Compensate):
 
     def _bias(self, layer: str) -> Tensor | None:
         """Return the original's bias of a layer, or None."""
+        assert self._whole is not None
         found: dict[str, Any] = dict(self._whole.get_submodule(layer).named_parameters())
         return found["bias"].detach() if "bias" in found else None
+
+    @classmethod
+    def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
+        """Yield nothing: one bit more costs as many bytes (docs/concepts/adapters.md)."""
+        yield from ()

@@ -1,12 +1,38 @@
-"""Which layers can have thin ones beside them, and of which rank."""
+"""Which layers can have thin ones beside them, of which rank, and the settings that say so."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from gossamer.errors import RecipeError
 from gossamer.models.roles import LayerInfo, ModelMap
+from gossamer.techniques.base import Decision, Technique
 from gossamer.techniques.match import layers_matching
+
+
+class ThinLayers(Technique):
+    """A technique that puts thin layers beside others: which others, and of which rank."""
+
+    rank: int = Field(16, ge=1, description="of the thin layers beside each layer")
+    targets: tuple[str, ...] = Field(
+        ("linear",), description="roles, module names, patterns with * or re:... ; which layers get some"
+    )
+    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return nothing: what weights hold is other steps' matter.
+
+        Raises RecipeError for a pattern that matches nothing, and for a rank that makes a layer larger.
+        """
+        for layer in self.chosen(model):
+            check_rank(layer, self.rank, self.name)
+        return []
+
+    def chosen(self, model: ModelMap) -> list[LayerInfo]:
+        """Return the layers that get thin ones."""
+        return adaptable(model, self.name, self.targets, self.ignore)
 
 
 def adaptable(model: ModelMap, step: str, targets: Sequence[str], ignore: Sequence[str]) -> list[LayerInfo]:

@@ -35,19 +35,19 @@ from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.recipe import Step
 from gossamer.run.fingerprint import hash_json
-from gossamer.techniques.adapt.layers import adaptable, check_rank
-from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.adapt.layers import ThinLayers
+from gossamer.techniques.base import Context, Needs, SearchSpace, Technique
 from gossamer.techniques.training import TrainingTechnique
 
 FILE = "adapters.safetensors"
 MASKING = ("sparsify",)
 
 
-class Lora(TrainingTechnique):
+class Lora(ThinLayers, TrainingTechnique):
     """Train thin layers beside the linear layers inside blocks, whose own weights stand still.
 
-    In a recipe: `- lora: {rank: 16, epochs: 3}`, behind steps that round (it then stays beside the codes) or before
-    them (it is then added to the weights). Hu et al., "LoRA", 2021.
+    In a recipe: `- lora: {rank: 16, epochs: 3}`, before or behind steps that round; with `merge: true` the change ends
+    in the weights, else beside them. Hu et al., "LoRA", 2021.
     """
 
     name: ClassVar[str] = "lora"
@@ -60,36 +60,20 @@ class Lora(TrainingTechnique):
         before=("kv_cache", "cast"),
     )
 
-    rank: int = Field(16, ge=1, description="of the change of each layer")
     alpha: int = Field(32, ge=1, description="the change is scaled by alpha / rank")
     kind: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="lora, with alpha / sqrt rank (rslora), or with trained lengths of outputs (dora)"
     )
     merge: bool = Field(False, description="add the change to the weights at the end, instead of keeping it beside")
-    targets: tuple[str, ...] = Field(
-        ("linear",), description="roles, module names, patterns with * or re:... ; what gets a change"
-    )
-    ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
     rate: float = Field(2e-4, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
-
-    def resolve(self, model: ModelMap) -> list[Decision]:
-        """Return nothing: what weights hold is other steps' matter.
-
-        Raises RecipeError for a pattern that matches nothing, and for a rank that makes a layer larger.
-        """
-        for layer in adaptable(model, self.name, self.targets, self.ignore):
-            check_rank(layer, self.rank, self.name)
-        return []
 
     def after(self, model: ModelMap) -> ModelMap:
         """Return the map of the model with the thin layers, or without any where they are merged."""
-        layers = adaptable(model, self.name, self.targets, self.ignore)
-        return adapted_map(model, {layer.name: 0 if self.merge else self.rank for layer in layers})
+        return adapted_map(model, {layer.name: 0 if self.merge else self.rank for layer in self.chosen(model)})
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the original, and of the thin layers with gradients and two moments."""
-        layers = adaptable(model, self.name, self.targets, self.ignore)
-        return 4 * (model.num_parameters + 4 * self.rank * sum(sum(layer.shape) for layer in layers))
+        return 4 * (model.num_parameters + 4 * self.rank * sum(sum(layer.shape) for layer in self.chosen(model)))
 
     def label(self) -> str:
         """Return kind and rank: `lora rank 16`."""
@@ -98,7 +82,7 @@ class Lora(TrainingTechnique):
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
         self._check(candidate, context)
-        names = [layer.name for layer in adaptable(model, self.name, self.targets, self.ignore)]
+        names = [layer.name for layer in self.chosen(model)]
         inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
         begun = self._begun(candidate, names)
 
@@ -136,6 +120,11 @@ class Lora(TrainingTechnique):
     def _begun(self, candidate: Candidate, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Take out the thin layers that an earlier step left; raise where this one does not go on from them."""
         begun = taken_out(candidate.module)
+        if begun and self.merge:
+            raise TechniqueError(
+                f"compensate corrects what rounding did to {len(begun)} weights, and merging would round them again",
+                "leave compensate out, or set merge: false",
+            )
         ranks = {down_RI.shape[0] for _, down_RI in begun.values()}
         if begun and (set(begun) != set(names) or ranks != {self.rank} or self.kind == "dora"):
             raise TechniqueError(
