@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gossamer.goal import Verdict, parse_goal
+from gossamer.plan.block_times import BlockTimes
 from gossamer.plan.candidates import repaired
 from gossamer.plan.job import Job, Rowset
 from gossamer.plan.menu import WAVE, Menu
@@ -312,3 +313,36 @@ def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(
     assert menu.next_wave()
     assert menu.open[-1] == (INT4,)
     assert menu.tables.proof_seconds == 1.0
+
+
+def test_cuts_are_asked_for_before_what_cannot_fit_is_looked_at(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.plan.menu.profile", lambda _job, _steps, known: known)
+    for solved, first in ([(INT4,)], (INT4,)), ([], (INT2,)):
+        asked: Any = SimpleNamespace(model=tables.model, runtime=job.runtime, task=job.task, calibration=range(64),
+                                     budget=None, rows=Rowset())  # fmt: skip
+        cuts: Any = SimpleNamespace(more=lambda known, solved=solved: (known, solved))
+        menu = Menu(asked, parse_goal("size <= 105%"), tables, [(INT8,)], cuts=cuts)
+        menu._nearest = [(INT2,)]
+        assert menu.waiting == []
+        assert menu.next_wave()
+        assert menu.open == [first]
+
+
+def test_what_was_measured_is_learned_again_by_tables_that_know_blocks(tables: Tables) -> None:
+    unset: Any = None
+    search = Search(unset, parse_goal("latency <= 40%"), tables, unset)
+    known = replace(
+        tables, blocks=(BlockTimes(stack="blocks", blocks=(0,), format="int8", seconds=1.0, cut={}),), proof_seconds=9.0
+    )
+    search.seen = [((INT8,), 0.75, 0.99)]
+    search.corrections = Corrections(latency={"stale": 3.0})
+    search._learn_again(tables)
+    assert search.corrections.latency == {"stale": 3.0}  # these tables know no more
+    search._learn_again(known)
+    expected = Corrections()
+    before = predict(known, [INT8])
+    expected.learn(format_key(INT8.resolve(tables.model)), before, 0.75, 0.99)
+    assert search.corrections == expected
+    assert search.tables is known

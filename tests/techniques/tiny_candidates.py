@@ -53,3 +53,20 @@ def carried_out(
     assert model == after
     assert candidate.applied == [step.entry() for step in steps]
     return candidate, model, decisions
+
+
+def rows_to_learn(count: int = 160) -> list[Batch]:
+    """Return rows of random token ids, one a batch: the first 160 for learning, those behind to judge on."""
+    draw = np.random.default_rng(1)
+    return [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(count)]
+
+
+def distance_from(original: nn.Module, candidate: Candidate) -> float:
+    """Return the mean divergence of a candidate from the original on rows that nothing learned from."""
+    total = 0.0
+    for row in rows_to_learn(200)[160:]:
+        inputs = {"input_ids": torch.from_numpy(row.inputs["input_ids"])}
+        with torch.no_grad():
+            p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total / 40

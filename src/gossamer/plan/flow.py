@@ -230,14 +230,12 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> tu
     """Return the recipes that there are to choose from for this goal, and what solves cuts where none of them does."""
     bounds = upper_bounds(goal, tables.original)
     space = replace(_space(job, goal), calibration_rows=calibration_rows, bounds=bounds)
-    cuts = SolvedCuts(job, goal, tables, space, recipes(space))
+
+    def held(steps: Steps) -> bool:  # what a technique proposes fits layer by layer; experts are held together
+        return not job.model.experts or refused_by(job.runtime, job.model, steps) is None
+
+    cuts = SolvedCuts(job, goal, tables, space, recipes(space), held)
     found = [*cuts.without, *mixed_recipes(job, goal, tables, space)]
-    if not job.model.experts:
-        return found, cuts
-
-    def held(steps: Steps) -> bool:
-        return refused_by(job.runtime, job.model, steps) is None
-
     return list(filter(held, found)), cuts
 
 

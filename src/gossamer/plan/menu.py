@@ -47,7 +47,8 @@ class Menu:
         self.left_out: dict[Steps, str] = {}
         sized = sorted(recipes, key=lambda steps: -self._bytes(steps))
         fitting = [steps for steps in sized if self._fits(steps)]
-        self.waiting = fitting or sized[-WAVE:]  # nothing fits: the smallest are the nearest
+        self._nearest = sized[-WAVE:]  # what there is where nothing fits: the smallest
+        self.waiting = fitting or ([] if cuts is not None else self._nearest)  # cuts may make something fit
         self.open: list[Steps] = []
         self.waves = 0
         self.short: list[Steps] = []  # tried, and short in quality alone
@@ -62,6 +63,8 @@ class Menu:
         if self.cuts is not None and (self.waves or not self.waiting):
             self.tables, more = self.cuts.more(self.tables)
             self.waiting[:0] = sorted(filter(self._fits, more), key=lambda steps: -self._bytes(steps))
+            if not self.waiting and not self.waves:
+                self.waiting = self._nearest
         size = WAVE if self.job.budget is None else STREAMED_WAVE
         wave: list[Steps] = []
         while self.waiting and len(wave) < size:

@@ -56,10 +56,19 @@ class SolvedCuts:
     """Propose cuts that are solved for a goal; again, where measuring has shown that predicted times are wrong.
 
     Of the recipes `found`, `without` are those that do not cut what can be solved for: they are looked at first, since
-    timing blocks at every size takes a minute or two.
+    timing blocks at every size takes a minute or two. `held` says whether the runtime can hold a recipe.
     """
 
-    def __init__(self, job: Job, goal: Goal, tables: Tables, space: SearchSpace, found: Sequence[Steps]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        goal: Goal,
+        tables: Tables,
+        space: SearchSpace,
+        found: Sequence[Steps],
+        held: Callable[[Steps], bool] = lambda _: True,
+    ) -> None:
+        self._held = held
         self.job = job
         self.goal = goal
         self.space = space
@@ -81,12 +90,12 @@ class SolvedCuts:
         self.tables = tables = replace(tables, blocks=tables_of_blocks(self.job, self.space))
         choices = cutting(self.job)
         if choices is None:
-            return tables, self._shares
+            return tables, list(filter(self._held, self._shares))
         self._solver = _Solver(self.goal, tables, choices)
         solved = dict[Steps, None]()
         for steps in ((), *(one for one in self.without if not any(isinstance(step, Prune) for step in one))):
             solved |= dict.fromkeys(self._joined(steps))
-        return tables, list(solved) or self._shares
+        return tables, list(solved) or list(filter(self._held, self._shares))
 
     def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
         """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.
@@ -105,7 +114,7 @@ class SolvedCuts:
         assert self._solver is not None
         cuts = self._solver.cuts(steps, slower)
         together = [joined(found, steps, self.space) if steps else found for found in cuts]
-        return [one for one in together if one is not None]
+        return [one for one in together if one is not None and self._held(one)]
 
 
 def _cuts(step: Technique) -> bool:

@@ -7,7 +7,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,11 +16,11 @@ from gossamer.errors import TechniqueError
 from gossamer.models.adapters import adapters_of
 from gossamer.models.candidate import Candidate
 from gossamer.run.workspace import Run
-from gossamer.tasks.base import Batch
 from gossamer.train.adapters import adapters, read_adapter
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened, carried_out = TINY["logits"], TINY["opened"], TINY["carried_out"]
+rows = TINY["rows_to_learn"]
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-3, "precision": "fp32", "labels": 0, "rank": 4}
 ROUNDED = ("quantize", {"bits": 3, "group_size": 16, "ignore": ["lm_head"]})
 
@@ -39,11 +38,6 @@ def llama() -> LlamaForCausalLM:
     return model
 
 
-def rows(count: int = 160) -> list[Batch]:
-    draw = np.random.default_rng(1)
-    return [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(count)]
-
-
 def made(entries: list[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
     candidate, model, context = opened(llama(), **more)
     context = dataclasses.replace(context, training=rows, training_print="rows")
@@ -53,14 +47,7 @@ def made(entries: list[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
 
 
 def distance(candidate: Candidate) -> float:
-    """Return the mean divergence from the original on rows that nothing learned from."""
-    original, total = llama(), 0.0
-    for row in rows(200)[160:]:
-        inputs = {"input_ids": torch.from_numpy(row.inputs["input_ids"])}
-        with torch.no_grad():
-            p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / 40
+    return float(TINY["distance_from"](llama(), candidate))
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])

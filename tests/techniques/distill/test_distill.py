@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from gossamer.techniques.training import paired
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened = TINY["logits"], TINY["opened"]
+rows = TINY["rows_to_learn"]
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-4, "precision": "fp32", "labels": 0}
 
 
@@ -42,11 +42,6 @@ def llama() -> LlamaForCausalLM:
     return model
 
 
-def rows(count: int = 160) -> list[Batch]:
-    draw = np.random.default_rng(1)
-    return [Batch({"input_ids": draw.integers(1, 64, (1, 16))}, np.array([index])) for index in range(count)]
-
-
 def pruned(**more: Any) -> tuple[Candidate, Any, Context]:
     """Return a tiny model with half of its channels, and 160 rows to learn from."""
     candidate, model, context = opened(llama(), **more)
@@ -56,14 +51,7 @@ def pruned(**more: Any) -> tuple[Candidate, Any, Context]:
 
 
 def distance(candidate: Candidate) -> float:
-    """Return the mean divergence from the original on rows that nothing learned from."""
-    original, total = llama(), 0.0
-    for row in rows(200)[160:]:
-        inputs = {"input_ids": torch.from_numpy(row.inputs["input_ids"])}
-        with torch.no_grad():
-            p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / 40
+    return float(TINY["distance_from"](llama(), candidate))
 
 
 def test_what_pruning_lost_comes_back() -> None:
