@@ -29,6 +29,7 @@ class Gossamer(Peer):
     recipe: tuple[Mapping[str, Any], ...]
     name: str
     rows: bool = True
+    seed: int = 0
 
     needs: ClassVar[tuple[str, ...]] = ("gossamer",)
     ours: ClassVar[bool] = True
@@ -65,6 +66,7 @@ class Gossamer(Peer):
             task_settings=material.task_settings,
             calibration_rows=material.calibration_rows,
             evaluation_rows=CHECKED_ROWS,
+            seed=self.seed,
         )
         folder, prepared = out / "run", prepare(inputs)
         with Run(folder, identity(inputs, prepared)) as run, opened_job(inputs, prepared, run) as job:

@@ -33,7 +33,7 @@ from gossamer.measure.latency import time_in_turns
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
 from gossamer.measure.types import Interval
-from gossamer.tasks.base import Evaluation, Scores
+from gossamer.tasks.base import Evaluation, Metric, Scores
 from gossamer.tasks.causal_lm import CausalLM
 
 OF_ENCODERS = ("", "files MB", "speed-up", "accuracy", "quality kept", "same answer", "made in s")
@@ -121,21 +121,23 @@ def encoder_text(contest: Contest, entries: Sequence[Entry], speedup: float, sec
         reference = task.evaluate(original.run_all, batches)
     uncut, *others = entries
     found = [measure(contest, entry, uncut, reference, seconds) for entry in others]
-    rows = [
-        [
-            one.entry.peer.label,
-            megabytes(one.files),
-            f"{one.speedup.value:.2f} ({one.speedup.low:.2f} to {one.speedup.high:.2f})",
-            share(score_interval(one.evaluation.scores, task.metric.figure)),
-            share(one.quality, 2),
-            "" if one.evaluation.agreement is None else share(score_interval(one.evaluation.agreement)),
-            f"{one.entry.built.seconds:.0f}",
-        ]
-        for one in found
-    ]
+    rows = [row_of(one, task.metric) for one in found]
     accuracy = share(score_interval(reference.scores, task.metric.figure))
     first = ["the original's graph", megabytes(shipped_bytes(files_of(contest, uncut))), "1", accuracy, "", "", ""]
     return "\n\n".join((table(OF_ENCODERS, [first, *rows]), *duel(contest, found, speedup)))
+
+
+def row_of(one: Cut, metric: Metric) -> list[str]:
+    """Return a smaller encoder's row of the table."""
+    return [
+        one.entry.peer.label,
+        megabytes(one.files),
+        f"{one.speedup.value:.2f} ({one.speedup.low:.2f} to {one.speedup.high:.2f})",
+        share(score_interval(one.evaluation.scores, metric.figure)),
+        share(one.quality, 2),
+        "" if one.evaluation.agreement is None else share(score_interval(one.evaluation.agreement)),
+        f"{one.entry.built.seconds:.0f}",
+    ]
 
 
 def duel(contest: Contest, found: Sequence[Cut], speedup: float) -> list[str]:

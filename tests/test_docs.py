@@ -171,7 +171,7 @@ def test_make_targets_in_the_text_exist(place: str, line: str) -> None:
 
 
 def test_other_commands_are_the_usual_ones() -> None:
-    known = {"gossamer", "make", "pip", "source", "npm", "python", "torchrun"}
+    known = {"gossamer", "make", "pip", "source", "npm", "python", "torchrun", "tensorboard"}
     assert {line.split()[0] for _, line in COMMANDS} <= known
 
 

@@ -13,7 +13,8 @@ doctor    what this machine can do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from gossamer.report.html import write_report
 from gossamer.run.atomic import write_text
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.team import started_rank
+from gossamer.run.tracking import tracked
 from gossamer.runtimes.manifest import CARD
 
 Model = str | Path | nn.Module
@@ -127,14 +129,15 @@ def optimize(
     forward: Forward | None = None,
     trust_remote_code: bool = False,
     time_budget: float | None = None,
+    track: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> RunResult:
     """Make a model smaller and faster until the goal is proven, and publish the artifact in `out`/artifact.
 
     `goal` reads like "quality >= 99%, size <= 30%, latency p95 <= 40ms, minimize size" (docs/guides/goals.md). Rows of
     `evaluation` (or a held-out half of `data`) decide; `data` calibrates. The same call goes on where a killed one
-    stopped; `fresh` starts again. `time_budget` (seconds) ends the search. Raises our errors for everything that the
-    user can mend.
+    stopped; `fresh` starts again. `time_budget` (seconds) ends the search. `track` names trackers (tensorboard, wandb,
+    mlflow) that are told of losses, candidates and the report. Raises our errors for everything that the user can mend.
 
     >>> result = optimize("./my-bert", task="text-classification", data="train.jsonl", evaluation="test.jsonl",
     ...                   goal="quality >= 99%, size <= 30%")  # doctest: +SKIP
@@ -157,12 +160,14 @@ def optimize(
         evaluation_rows=evaluation_rows,
         forward=forward,
         trust_remote_code=trust_remote_code,
-        progress=progress or Silent(),
     )
-    result = flow.optimize_run(
-        inputs, parsed, Path(out), fresh=fresh, max_candidates=max_candidates, time_budget_seconds=time_budget
-    )
-    return _with_card(result)
+
+    def run(inputs: Inputs) -> RunResult:
+        return flow.optimize_run(
+            inputs, parsed, Path(out), fresh=fresh, max_candidates=max_candidates, time_budget_seconds=time_budget
+        )
+
+    return _tracked(run, inputs, track, Path(out), progress or Silent(), goal=goal)
 
 
 def apply(
@@ -185,6 +190,7 @@ def apply(
     evaluation_rows: int | None = None,
     forward: Forward | None = None,
     trust_remote_code: bool = False,
+    track: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> RunResult:
     """Carry out one recipe (a Recipe, or the path of its YAML), prove the artifact, and publish it in `out`/artifact.
@@ -212,9 +218,12 @@ def apply(
         evaluation_rows=evaluation_rows,
         forward=forward,
         trust_remote_code=trust_remote_code,
-        progress=progress or Silent(),
     )
-    return _with_card(flow.apply_run(inputs, steps, parsed, Path(out), fresh=fresh))
+
+    def run(inputs: Inputs) -> RunResult:
+        return flow.apply_run(inputs, steps, parsed, Path(out), fresh=fresh)
+
+    return _tracked(run, inputs, track, Path(out), progress or Silent(), goal=goal or "", recipe=str(steps))
 
 
 def evaluate(
@@ -316,6 +325,27 @@ def compare(
 def report(run: str | Path) -> Path:
     """Write RUN/report.html from RUN/report.json; return its path. Raises RunError when no run has finished there."""
     return write_report(Path(run))
+
+
+def _tracked(
+    run: Callable[[Inputs], RunResult],
+    inputs: Inputs,
+    names: Sequence[str],
+    out: Path,
+    progress: Progress,
+    **asked: str,
+) -> RunResult:
+    """Return what a run finds, with its card, and tell the named trackers what was asked, and the report."""
+    if not names:
+        return _with_card(run(replace(inputs, progress=progress)))
+    with tracked(names, out, progress) as told:
+        shown = {"model": inputs.model if isinstance(inputs.model, str | Path) else type(inputs.model).__name__}
+        plain = {name: getattr(inputs, name) for name in ("task", "runtime", "seed", "calibration_rows")}
+        told.settings({**asked, **{name: str(value) for name, value in (shown | plain).items()}})
+        result = _with_card(run(replace(inputs, progress=told)))
+        for page in (report(out), out / flow.RESULT):
+            told.file(page)
+    return result
 
 
 def _with_card(result: RunResult) -> RunResult:

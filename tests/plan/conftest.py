@@ -108,6 +108,9 @@ class Noted:
     def say(self, message: str) -> None:
         self.lines.append(message)
 
+    def record(self, series: str, step: int, values: Any) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -132,7 +135,7 @@ def optimized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with brief_timing():
         plan = api.plan(tiny / "model", **given)
         assert not (out / "artifact").exists()
-        result = api.optimize(tiny / "model", **given, progress=noted)
+        result = api.optimize(tiny / "model", **given, track=("tensorboard",), progress=noted)
     return Finished(result, out, given, tuple(noted.lines), plan)
 
 

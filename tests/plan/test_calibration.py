@@ -37,6 +37,9 @@ class Said:
     def say(self, message: str) -> None:
         self.lines.append(message)
 
+    def record(self, series: str, step: int, values: Any) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:

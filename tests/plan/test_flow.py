@@ -252,6 +252,23 @@ def test_the_reported_accuracy_is_that_of_a_plain_loop_over_the_files(applied: A
     assert applied.result.tried[0].measured.figures["metric"].value == pytest.approx(right / len(rows))
 
 
+def test_a_tracker_is_told_of_every_candidate_and_the_report(optimized: Any) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = optimized.out / "tracking" / "tensorboard"
+    (events,) = (folder / "gossamer").glob("events.*")
+    found = EventAccumulator(str(events)).Reload()
+    tried = optimized.result.tried
+    for name in ("quality", "size", "latency p50 ratio"):
+        told = [one.value for one in found.Scalars(f"candidates/{name}")]
+        assert told == pytest.approx([one.measured.figures[name].value for one in tried])
+    assert [one.value for one in found.Scalars("candidates/predicted size")] == [
+        pytest.approx(one.predicted.size_bytes) for one in tried
+    ]
+    assert (folder / "report.html").read_text() == (optimized.out / "report.html").read_text()
+    assert "size <= 40%" in next((folder / "gossamer").rglob("hparams.yml")).read_text()
+
+
 def test_what_needs_rows_says_so_before_anything_is_built(tiny: Path, tmp_path: Path) -> None:
     static = Recipe(steps=(Step(technique="quantize", settings={"activations": "static"}),))
     with pytest.raises(DataError, match="the recipe needs 8 calibration rows, 0 are there"):

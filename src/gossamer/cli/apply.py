@@ -31,6 +31,7 @@ def apply(
     eval_rows: options.EvaluationRows = None,
     threads: options.Threads = None,
     seed: options.Seed = 0,
+    track: options.Track = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -64,6 +65,7 @@ def apply(
             calibration_rows=calibration_rows,
             evaluation_rows=eval_rows,
             trust_remote_code=trust_remote_code,
+            track=options.read_names(track),
             progress=progress,
         )
         page = api.report(out) if leads else None

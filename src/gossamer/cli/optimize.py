@@ -28,6 +28,7 @@ def optimize(
     seed: options.Seed = 0,
     max_candidates: options.MaxCandidates = 8,
     time: options.Time = None,
+    track: options.Track = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -62,6 +63,7 @@ def optimize(
             calibration_rows=calibration_rows,
             evaluation_rows=eval_rows,
             trust_remote_code=trust_remote_code,
+            track=options.read_names(track),
             time_budget=budget,
             progress=progress,
         )

@@ -53,6 +53,10 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory that the run may take: 12GiB; a larger model is read piece by piece."),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Trackers to tell, as in tensorboard,wandb,mlflow; none by default."),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -74,6 +78,11 @@ def read_columns(pairs: Sequence[str] | None) -> dict[str, str]:
             raise DataError(f"--column {role.strip()} is given twice", "keep one")
         found[role.strip()] = name
     return found
+
+
+def read_names(text: str | None) -> tuple[str, ...]:
+    """Read `--track tensorboard,mlflow` into its names."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def read_settings(pairs: Sequence[str] | None) -> dict[str, Any]:

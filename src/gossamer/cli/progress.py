@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -47,6 +47,9 @@ class PlainProgress:
         """Write one line."""
         self._write(message)
 
+    def record(self, series: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Draw nothing of numbers that are for trackers."""
+
     def _write(self, line: str) -> None:
         print(plain(line), file=self._stream, flush=True)
 
@@ -72,6 +75,9 @@ class Bars:
     def say(self, message: str) -> None:
         """Write one line above the bars."""
         self._progress.console.print(plain(message), markup=False, highlight=False, emoji=False)
+
+    def record(self, series: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Draw nothing of numbers that are for trackers."""
 
 
 @contextmanager

@@ -53,11 +53,12 @@ CORE = "core"
 
 
 class Package(NamedTuple):
-    """Name a package, the extra of gossamer that brings it, and what it is for."""
+    """Name a package, the extra of gossamer that brings it, what it is for, and whether figures may depend on it."""
 
     name: str
     extra: str
     purpose: str
+    stamped: bool = True
 
 
 PACKAGES = (
@@ -77,6 +78,10 @@ PACKAGES = (
     Package("soundfile", "speech", "reads recordings; task `speech-recognition`"),
     Package("torch-pruning", "torch-pruning", "cuts channels of convolutions (`prune`)"),
     Package("rapidfuzz", "speech", "counts wrong words; task `speech-recognition`"),
+    Package("peft", CORE, "thin trainable layers (`lora`)"),
+    Package("tensorboard", "tensorboard", "`--track tensorboard`", stamped=False),
+    Package("wandb", "wandb", "`--track wandb`", stamped=False),
+    Package("mlflow-skinny", "mlflow", "`--track mlflow`", stamped=False),
 )
 
 
@@ -142,7 +147,9 @@ def stamp() -> MachineStamp:
     """Return the stamp of this machine and this environment. Example: `stamp().id`."""
     total, available = memory_bytes()
     cpu, sets = processor()
-    installed = {package.name: found for package in PACKAGES if (found := installed_version(package.name))}
+    installed = {
+        package.name: found for package in PACKAGES if package.stamped and (found := installed_version(package.name))
+    }
     ours = installed_version("gossamer")
     return MachineStamp(
         cores=usable_cores(),
@@ -163,7 +170,7 @@ def doctor() -> Doctor:
     extras = tuple(
         Extra(
             package=package.name,
-            version=found.packages.get(package.name),
+            version=installed_version(package.name),
             extra=package.extra,
             purpose=package.purpose,
             command=install_command(package.extra),

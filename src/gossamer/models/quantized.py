@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from gossamer.models.levels import FORMATS, Format, NumberFormat
+from gossamer.models.straight_through import straight_through
 
 
 class QuantSpec(BaseModel):
@@ -146,7 +147,22 @@ class ActivationSpec(BaseModel):
         return scale, int(min(255, max(0, round(-low / scale))))
 
     def fake_quantize(self, values: Tensor) -> Tensor:
-        """Return `values` [..., I] rounded to this grid and back, same shape and dtype."""
+        """Return `values` [..., I] rounded to this grid and back, same shape and dtype.
+
+        Gradients pass as if nothing were rounded, but for values beyond a static range.
+        """
+        rounded = self._rounded(values.detach())
+        if not (torch.is_grad_enabled() and values.requires_grad):
+            return rounded
+        return straight_through(values.clamp(*self._ends()) if self.kind == "static" else values, rounded)
+
+    def _ends(self) -> tuple[float, float]:
+        """Return between which numbers a static grid rounds to nearest: half a step beyond its ends."""
+        step, zero = self.static_grid()
+        low, high = (-128, 127) if self.symmetric else (0, 255)
+        return (low - zero - 0.5) * step, (high - zero + 0.5) * step
+
+    def _rounded(self, values: Tensor) -> Tensor:
         x = values.float()
         if self.kind == "static":
             step, zero = self.static_grid()

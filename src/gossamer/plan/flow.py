@@ -112,6 +112,7 @@ def _lead(
         original, reference = describe_original(job)
         tried, _ = prove(job, goal, steps, _no_prediction(original, forecast.seconds), original, reference)
         tried = tried.model_copy(update={"forecast": forecast})
+        job.progress.record("candidates", 1, tried.numbers())
         verdict = Verdict(tried.verdict or "FAIL")
         reason = tried.rejected or "; ".join(judged.why for judged in tried.judgements)
         reason = reason or "the files hold what the recipe says, and compute what was computed in memory"

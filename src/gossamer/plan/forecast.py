@@ -32,7 +32,7 @@ from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
 from gossamer.plan.predict import bytes_beside_saved
 from gossamer.plan.proof import NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
-from gossamer.plan.rates import Rates, training_seconds, values_of
+from gossamer.plan.rates import Rates, training_rate, values_of
 from gossamer.plan.records import DiskUse, Forecast, Stage
 from gossamer.run.atomic import existing, readable_bytes
 from gossamer.runtimes.torch_streamed import BYTES_OF_A_SAMPLE
@@ -139,7 +139,10 @@ class Forecaster:
                 passes = step.model_passes(len(job.rows.others) if learns else len(job.calibration))
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
-                each = training_seconds(job) if learns and whole and job.calibration else rates.pass_seconds
+                each = rates.pass_seconds
+                if learns and whole and job.calibration:
+                    training = training_rate(job)
+                    each, working = training.seconds, working + int(training.kept_bytes * values)  # a row at least
                 seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * each
                 costs.add("train" if learns else "round", own + codes + working, seconds)
             codes += weights if whole else 0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gossamer.measure.machine import multiplies_bf16
 from gossamer.measure.memory import release_unused, resident_bytes
+from gossamer.models.attention import fused_attention
 from gossamer.models.candidate import Candidate
 from gossamer.models.walker import block_keys
 from gossamer.plan.job import Job
@@ -36,6 +37,7 @@ NUM_BATCHES = 3  # that are scored, the first to warm up
 MATRIX, REPEATS = 768, 8
 WRITTEN_BYTES = 16 << 20
 TIMED_STEPS, TIMED_ROWS = 3, 16
+SHARE_TIMED = 0.25  # of the memory that is free may be taken for timing a step
 STEP_PASSES = 3  # forward, and twice that back
 
 
@@ -59,6 +61,16 @@ class Rates(Record):
     call_bytes: float
     macs_per_second: float
     bytes_per_second: float
+
+
+class TrainingRate(Record):
+    """Hold what one training pass takes for one value of a first input.
+
+    `seconds`: of one pass, a step forward and back taking three; `kept_bytes`: kept for the way back.
+    """
+
+    seconds: float
+    kept_bytes: float
 
 
 def measured_rates(job: Job) -> Rates:
@@ -91,35 +103,45 @@ def _measure(job: Job, folder: Path) -> Rates:
     )
 
 
-def training_seconds(job: Job) -> float:
-    """Return the seconds of one training pass for one value of a first input; a step forward and back takes three.
+def training_rate(job: Job) -> TrainingRate:
+    """Return what a training pass takes for one value of a first input.
 
-    Measured once for each run folder, on mini-batches of calibration rows, in the precision that training has here.
+    Measured once for each run folder, on calibration rows, in the precision that training has here.
     """
 
     def build(_: Path) -> dict[str, Any]:
         with job.progress.stage("how fast it trains", None):
-            return {"seconds": _time_training(job)}
+            return _time_training(job).model_dump(mode="json")
 
     inputs = job.step_inputs(threads=job.threads, rows=job.prints["calibration"])
-    return float(job.run.step("training-rate", inputs, build).value["seconds"])
+    return TrainingRate.model_validate(job.run.step("training-rate", inputs, build).value)
 
 
-def _time_training(job: Job) -> float:
-    from gossamer.train.rows import collate, parts_of  # what trains is imported where something trains
+def _time_training(job: Job) -> TrainingRate:
+    from gossamer.train.fitting import free_bytes, kept_bytes  # what trains is imported where something trains
+    from gossamer.train.rows import collate, parts_of
 
     candidate, found = job.candidate(), []
     candidate.module.requires_grad_(True)
-    for number in range(TIMED_STEPS):
-        rows = [job.calibration[(number * TIMED_ROWS + i) % len(job.calibration)] for i in range(TIMED_ROWS)]
-        began = time.perf_counter()
+
+    def losses(rows: Sequence[Batch]) -> Iterator[Tensor]:
         for inputs, _ in parts_of(collate(rows)):
             with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
                 outputs = candidate.source.forward(candidate.module, inputs, job.task.output)
-            torch.autograd.backward(outputs.float().square().mean())
-        candidate.module.zero_grad()
-        found.append((time.perf_counter() - began) / values_of(rows))
-    return min(found) / STEP_PASSES
+            yield outputs.float().square().mean()
+
+    with fused_attention(candidate.module):
+        longest = max(job.calibration, key=lambda row: values_of([row]))
+        each = kept_bytes(lambda: next(losses([longest])))
+        together = max(1, min(TIMED_ROWS, int(SHARE_TIMED * free_bytes() / max(1, each))))
+        for number in range(TIMED_STEPS):
+            rows = [job.calibration[(number * together + i) % len(job.calibration)] for i in range(together)]
+            began = time.perf_counter()
+            for loss in losses(rows):
+                torch.autograd.backward(loss)
+            candidate.module.zero_grad()
+            found.append((time.perf_counter() - began) / values_of(rows))
+    return TrainingRate(seconds=min(found) / STEP_PASSES, kept_bytes=each / values_of([longest]))
 
 
 def values_of(batches: Sequence[Batch]) -> int:

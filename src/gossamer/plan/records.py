@@ -196,6 +196,19 @@ class Tried(Record):
     forecast: Forecast | None = None
     experts: tuple[ExpertTokens, ...] = ()  # where a step calibrated them
 
+    def numbers(self) -> dict[str, float | str]:
+        """Return what there is to plot: figures with their bounds, what was predicted of them, recipe and verdict."""
+        found: dict[str, float | str] = {"recipe": self.name, "verdict": self.verdict or self.rejected}
+        for name, figure in (self.measured.figures if self.measured is not None else {}).items():
+            found |= {name: figure.value, f"{name} low": figure.low, f"{name} high": figure.high}
+        predicted = self.predicted
+        return found | {
+            "predicted quality": predicted.quality_share,
+            "predicted size": predicted.size_bytes,
+            "predicted latency p50 ratio": predicted.latency_share,
+            "seconds": self.seconds,
+        }
+
 
 class Original(Record):
     """Hold what was measured of the original, as its owner runs it today (PyTorch, float32, this machine)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -16,6 +16,9 @@ class Progress(Protocol):
     def say(self, message: str) -> None:
         """Report one line: a decision, a finished candidate, a warning."""
 
+    def record(self, series: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Report numbers of a series at one step (losses of a training, a candidate's figures), for trackers."""
+
 
 class Silent:
     """Report nothing."""
@@ -27,3 +30,6 @@ class Silent:
 
     def say(self, message: str) -> None:
         """Do nothing with the message."""
+
+    def record(self, series: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Do nothing with the numbers."""

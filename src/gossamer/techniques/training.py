@@ -7,11 +7,14 @@ One row in ten is held back, and the candidate stays as it was where it did not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gossamer.errors import DataError, TechniqueError
@@ -19,18 +22,22 @@ from gossamer.measure.machine import multiplies_bf16
 from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
+from gossamer.run.fingerprint import hash_json
 from gossamer.tasks.base import Batch, Task, spread
 from gossamer.techniques.base import Context, Technique
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
 
 if TYPE_CHECKING:
-    from gossamer.train.loop import Lesson, Plan
+    from gossamer.train.loop import Lesson, Outcome, Plan
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
 MOST_JUDGED = 256
 PASSES = 4  # that one row takes in a step: the teacher's, the student's forward, and twice that back
 FLOAT_BYTES = 4
+FILE = "trained.safetensors"
+MASKING = ("sparsify",)
+Training = Callable[[Path], tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 class TrainingTechnique(Technique):
@@ -39,7 +46,9 @@ class TrainingTechnique(Technique):
     epochs: float = Field(3.0, gt=0, description="how often each row is seen")
     rows: int = Field(8192, ge=MIN_ROWS, description="most rows that are used, evenly spread over those given")
     batch_size: int = Field(16, ge=1, description="rows of one step")
-    micro_batch: int | None = Field(None, ge=1, description="rows of one pass, where a step's do not fit in memory")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows of one pass; empty: as many of a step's as fit into memory"
+    )
     rate: float = Field(6e-5, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
     logits: float = Field(1.0, ge=0, description="weight of following the original's predictions")
     hidden: float = Field(1.0, ge=0, description="weight of following the outputs of the original's blocks")
@@ -110,6 +119,31 @@ class TrainingTechnique(Technique):
             seed=context.seed,
         )
 
+    def _learned(self, candidate: Candidate, context: Context, train: Training) -> tuple[Any, dict[str, Tensor]]:
+        """Return what `train(folder of its checkpoints)` found and the values; kept in the run folder, once done."""
+        inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
+
+        def build(folder: Path) -> dict[str, Any]:
+            assert context.run is not None
+            found, values = train(context.run.cache / f"{self.name}-{hash_json(inputs)[:12]}")
+            save_file(values, folder / FILE)
+            return found
+
+        if context.run is None:
+            with TemporaryDirectory(prefix=f"gossamer-{self.name}-") as folder:
+                return train(Path(folder) / "checkpoints")
+        step = context.run.step("trained", inputs, build)
+        return step.value, load_file(step.folder / FILE)
+
+    def _told(self, outcome: Outcome, lesson: Lesson, context: Context, *, otherwise: str) -> dict[str, Any]:
+        """Say what came of a training, and return it; `otherwise` is what is the case where it is not kept."""
+        verdict = "" if outcome.better else f": {otherwise}"
+        context.progress.say(
+            f"{self.name}: loss on {len(lesson.judged)} rows held back {outcome.before:.3e} before, "
+            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
+        )
+        return {"before": outcome.before, "after": outcome.after, "steps": outcome.steps, "kept": outcome.better}
+
     def _labelled(self, rows: Sequence[Batch], teacher: nn.Module, candidate: Candidate, context: Context) -> bool:
         """Say whether rows have what the task's loss asks for: rows without labels teach by the original alone."""
         if not self.labels:
@@ -148,6 +182,15 @@ class TrainingTechnique(Technique):
                 "give more rows with --data",
             )
         return spread(batches, self.rows)
+
+
+def has_masks(applied: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether a step that was applied took weights out one by one."""
+    return any(
+        name in MASKING or settings.get("sparsity") or settings.get("pattern")
+        for entry in applied
+        for name, settings in entry.items()
+    )
 
 
 def blocks_of(module: nn.Module) -> dict[str, list[nn.Module]]:

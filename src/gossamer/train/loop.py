@@ -18,8 +18,8 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +39,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from gossamer.errors import TechniqueError
+from gossamer.models.attention import fused_attention
 from gossamer.models.source import quiet_transformers
 from gossamer.run.progress import Progress
 from gossamer.tasks.base import Batch
+from gossamer.train.fitting import fitting_rows, free_bytes, remembered
 from gossamer.train.objectives import Objective, Seen
 from gossamer.train.rows import Rows, collate, parts_of
 
@@ -50,6 +52,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
 RECENT = 10
 EVALUATIONS = 4  # an epoch at least
+JUDGED_AT_ONCE = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ class Plan:
     batch_size: int
     rate: float
     precision: Precision = "fp32"
-    micro_batch: int | None = None  # rows of one pass; the steps see as many rows whatever this is
+    micro_batch: int | None = None  # rows of one pass, the steps seeing as many whatever it is; None: what fits
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.0
+    smallest_root: float = 1e-8  # Adam's epsilon: gradients far below it move nothing
     patience: int = 4  # evaluations without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
     only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
@@ -105,7 +109,17 @@ class Lesson:
         return Seen(student, teacher, list(self._hidden["student"]), list(self._hidden["teacher"]), rows)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def ready(self) -> Iterator[None]:
+        """Compute attention by the fused kernel, and keep what objectives look at, while the `with` lasts."""
+        with ExitStack() as stack:
+            for network in (self.student, self.teacher):
+                if network is not None:
+                    stack.enter_context(fused_attention(network))
+            stack.enter_context(self._watched())
+            yield
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
         """Keep what the blocks give out, where an objective looks at it, while the `with` lasts."""
         handles = []
         if any(objective.needs_hidden for _, objective in self.objectives):
@@ -152,7 +166,11 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
         )
     student = _Weights(lesson.student)
     watch = _Watch(progress, label)
-    with lesson.watched(), _trainable(lesson.student, plan), quiet_transformers(), _quiet_trainer():
+    with lesson.ready(), _trainable(lesson.student, plan), quiet_transformers(), _quiet_trainer():
+        if plan.micro_batch is None:
+            plan = replace(
+                plan, micro_batch=remembered(folder, lambda: _fitting(lesson, plan, student, progress, label))
+            )
         start = {name: values.detach().clone() for name, values in student.trained().items()}
         trainer = _Trainer(lesson, student, _arguments(plan, len(lesson.learned), folder), watch, plan.patience)
         before = float(trainer.evaluate()["eval_loss"])  # of the student as it came, whatever a checkpoint brings
@@ -166,10 +184,24 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
     return outcome
 
 
+def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, label: str) -> int:
+    """Return how many rows of a step fit at once."""
+    longest = sorted(lesson.learned, key=lambda row: -sum(values.size for values in row.inputs.values()))[:2]
+
+    def run(rows: Sequence[Batch]) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=plan.precision != "fp32"):  # nothing was moved yet
+            return lesson.loss(collate(rows))
+
+    dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
+    trained = sum(values.numel() for values in student.trained().values())
+    return fitting_rows(plan.batch_size, longest, run, trained, free_bytes(), progress, label)
+
+
 def judge(lesson: Lesson, plan: Plan) -> float:
     """Return the loss of a student as it is on the rows held back."""
     folder = TemporaryDirectory(prefix="gossamer-judge-")
-    with folder, lesson.watched(), quiet_transformers(), _quiet_trainer():
+    plan = replace(plan, micro_batch=plan.micro_batch or min(plan.batch_size, JUDGED_AT_ONCE))
+    with folder, lesson.ready(), quiet_transformers(), _quiet_trainer():
         arguments = _arguments(plan, len(lesson.learned), Path(folder.name))
         trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan.patience)
         return float(trainer.evaluate()["eval_loss"])
@@ -203,6 +235,7 @@ def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(plan.warmup * steps * plan.epochs),
         weight_decay=plan.weight_decay,
+        adam_epsilon=plan.smallest_root,
         bf16=plan.precision == "bf16",
         fp16=plan.precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
@@ -321,7 +354,10 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Look at the loss."""
-        loss = (logs or {}).get("loss")
+        told = {name: (logs or {}).get(name) for name in ("loss", "learning_rate", "eval_loss")}
+        if values := {name: value for name, value in told.items() if value is not None}:
+            self.progress.record(self.label, state.global_step, values)
+        loss = told["loss"]
         if loss is None:
             return
         self.losses.append(loss)

@@ -105,6 +105,9 @@ class _Said:
     def say(self, message: str) -> None:
         self.said.append(message)
 
+    def record(self, series: str, step: int, values: Any) -> None:
+        pass
+
     def stage(self, label: str, total: float | None = None) -> Any:
         from contextlib import nullcontext
 

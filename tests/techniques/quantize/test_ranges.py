@@ -68,6 +68,23 @@ def test_dynamic_uint8_agrees_with_torch() -> None:
     torch.testing.assert_close(ActivationSpec(kind="dynamic").fake_quantize(values), theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_pass_as_in_torch_and_stop_beyond_a_static_range() -> None:
+    spec = ActivationSpec(kind="static", low=-1.3, high=2.7)
+    scale, zero = spec.static_grid()
+    slope = torch.randn(1001, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (torch.linspace(-3, 3, 1001).requires_grad_() for _ in range(2))
+    spec.fake_quantize(ours).backward(slope)
+    torch.fake_quantize_per_tensor_affine(theirs, scale, zero, 0, 255).backward(slope)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+    assert bool((ours.grad == 0).any())
+    dynamic = torch.linspace(-3, 3, 11).requires_grad_()
+    ActivationSpec(kind="dynamic").fake_quantize(dynamic).sum().backward()
+    assert dynamic.grad is not None
+    assert bool((dynamic.grad == 1).all())
+
+
 def test_token_scope_gives_each_token_its_own_scale() -> None:
     values = torch.randn(2, 3, 8) * torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1)
     spec = ActivationSpec(kind="dynamic", scope="token", symmetric=True)

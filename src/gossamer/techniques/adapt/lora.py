@@ -20,12 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gossamer.errors import TechniqueError
@@ -34,13 +32,9 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.recipe import Step
-from gossamer.run.fingerprint import hash_json
 from gossamer.techniques.adapt.layers import ThinLayers
 from gossamer.techniques.base import Context, Needs, SearchSpace, Technique
-from gossamer.techniques.training import TrainingTechnique
-
-FILE = "adapters.safetensors"
-MASKING = ("sparsify",)
+from gossamer.techniques.training import TrainingTechnique, has_masks
 
 
 class Lora(ThinLayers, TrainingTechnique):
@@ -83,22 +77,8 @@ class Lora(ThinLayers, TrainingTechnique):
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
         self._check(candidate, context)
         names = [layer.name for layer in self.chosen(model)]
-        inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
         begun = self._begun(candidate, names)
-
-        def build(folder: Path) -> dict[str, Any]:
-            assert context.run is not None
-            checkpoints = context.run.cache / f"lora-{hash_json(inputs)[:12]}"
-            found, values = self._trained(candidate, context, names, begun, checkpoints)
-            save_file(values, folder / FILE)
-            return found
-
-        if context.run is None:
-            with TemporaryDirectory(prefix="gossamer-lora-") as folder:
-                found, values = self._trained(candidate, context, names, begun, Path(folder) / "checkpoints")
-        else:
-            step = context.run.step("adapted", inputs, build)
-            found, values = step.value, load_file(step.folder / FILE)
+        found, values = self._learned(candidate, context, partial(self._trained, candidate, context, names, begun))
         if not self.merge:
             for name in names:
                 put_adapter(candidate.module, name, values[f"{name}.up"], values[f"{name}.down"])
@@ -161,13 +141,7 @@ class Lora(ThinLayers, TrainingTechnique):
                     values[f"{name}.merged"] = adapter.merged
                 else:
                     values |= {f"{name}.up": adapter.up_OR, f"{name}.down": adapter.down_RI}
-        verdict = "" if outcome.better else ": nothing is changed"
-        context.progress.say(
-            f"{self.name}: loss on {len(lesson.judged)} rows held back {outcome.before:.3e} before, "
-            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
-        )
-        found = {"before": outcome.before, "after": outcome.after, "steps": outcome.steps, "kept": outcome.better}
-        return found, values
+        return self._told(outcome, lesson, context, otherwise="nothing is changed"), values
 
     def _merge(
         self,
@@ -179,7 +153,7 @@ class Lora(ThinLayers, TrainingTechnique):
     ) -> None:
         """Put other weights in place: zero where masks were, rounded again where there were codes."""
         codes = {name: candidate.quantized[name] for name in values if name in candidate.quantized}
-        masked = _masked(candidate.applied)
+        masked = has_masks(candidate.applied)
         for name, merged in values.items():
             now = torch.where(candidate.values(name) == 0, 0.0, merged) if masked else merged
             if name in codes:
@@ -216,15 +190,6 @@ class Lora(ThinLayers, TrainingTechnique):
 
 def _itself(values: Tensor) -> Tensor:
     return values
-
-
-def _masked(applied: Sequence[Mapping[str, Any]]) -> bool:
-    """Say whether a step that was applied took weights out one by one."""
-    return any(
-        name in MASKING or settings.get("sparsity") or settings.get("pattern")
-        for entry in applied
-        for name, settings in entry.items()
-    )
 
 
 def _round_again(candidate: Candidate, model: ModelMap, context: Context, codes: Mapping[str, Quantized]) -> None:

@@ -6,22 +6,18 @@ All weights but embeddings are trained. The original is run beside the candidate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
-from gossamer.run.fingerprint import hash_json
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
-
-WEIGHTS = "weights.safetensors"
 
 
 class Distill(TrainingTechnique):
@@ -38,7 +34,7 @@ class Distill(TrainingTechnique):
         gradients=True,
         after=("vocabulary", "prune", "sparsify", "low_rank"),
         before=(
-            "rotate", "smooth", "awq", "quantize", "gptq", "learned_rounding", "tune_scales", "kv_cache", "cast",
+            "rotate", "smooth", "awq", "quantize", "gptq", "learned_rounding", "tune_scales", "qat", "kv_cache", "cast",
         ),
     )  # fmt: skip
 
@@ -51,20 +47,8 @@ class Distill(TrainingTechnique):
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
         self._check(candidate, context)
-        inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
-
-        def build(folder: Path) -> dict[str, Any]:
-            assert context.run is not None
-            found = self._trained(candidate, context, context.run.cache / f"distill-{hash_json(inputs)[:12]}")
-            save_file(_values(candidate.module), folder / WEIGHTS)
-            return found
-
-        if context.run is None:
-            with TemporaryDirectory(prefix="gossamer-distill-") as folder:
-                self._trained(candidate, context, Path(folder) / "checkpoints")
-        else:
-            step = context.run.step("trained", inputs, build)
-            _put(candidate.module, load_file(step.folder / WEIGHTS))
+        _, values = self._learned(candidate, context, partial(self._trained, candidate, context))
+        _put(candidate.module, values)
         candidate.applied.append(self.entry())
         return candidate
 
@@ -76,18 +60,17 @@ class Distill(TrainingTechnique):
                 "put it before the steps that round",
             )
 
-    def _trained(self, candidate: Candidate, context: Context, checkpoints: Path) -> dict[str, Any]:
-        """Train in place, and return what came of it."""
+    def _trained(
+        self, candidate: Candidate, context: Context, checkpoints: Path
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Train in place, and return what came of it: the loss, and the values."""
         from gossamer.train.loop import train  # transformers' Trainer takes seconds to import
 
         lesson = self._lesson(candidate, context)
         outcome = train(lesson, self._plan(context), checkpoints, context.progress, label=self.name)
-        verdict = "" if outcome.better else ": the weights stay as they were"
-        context.progress.say(
-            f"distill: loss on {len(lesson.judged)} rows held back {outcome.before:.3e} before, {outcome.after:.3e} "
-            f"after {outcome.steps} steps{verdict}"
+        return self._told(outcome, lesson, context, otherwise="the weights stay as they were"), _values(
+            candidate.module
         )
-        return {"before": outcome.before, "after": outcome.after, "steps": outcome.steps, "kept": outcome.better}
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

@@ -54,8 +54,8 @@ class LowRank(BlockTechnique):
         roles=("linear",),
         after=("prune",),
         before=(
-            "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales", "kv_cache",
-            "cast",
+            "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales", "qat",
+            "kv_cache", "cast",
         ),
     )  # fmt: skip
 

@@ -72,8 +72,8 @@ class Prune(BlockTechnique):
     needs: ClassVar[Needs] = Needs(
         calibration_rows=MIN_SAMPLES,
         before=(
-            "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales", "kv_cache",
-            "cast",
+            "rotate", "smooth", "awq", "sparsify", "quantize", "gptq", "learned_rounding", "tune_scales", "qat",
+            "kv_cache", "cast",
         ),
     )  # fmt: skip
 

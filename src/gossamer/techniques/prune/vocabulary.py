@@ -54,7 +54,7 @@ class Vocabulary(Technique):
         calibration_rows=1,
         before=(
             "prune", "low_rank", "distill", "rotate", "smooth", "awq", "sparsify", "quantize", "gptq",
-            "learned_rounding", "tune_scales", "kv_cache", "cast",
+            "learned_rounding", "tune_scales", "qat", "kv_cache", "cast",
         ),
         excludes=("vocabulary",),
     )  # fmt: skip

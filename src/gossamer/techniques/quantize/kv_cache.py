@@ -46,7 +46,7 @@ class KvCache(Technique):
         calibration_rows=MIN_SAMPLES,
         roles=KEY_ROLES,
         after=(
-            *("quantize", "gptq", "learned_rounding", "awq", "smooth", "rotate", "sparsify", "tune_scales"),
+            *("quantize", "gptq", "learned_rounding", "awq", "smooth", "rotate", "sparsify", "tune_scales", "qat"),
             "cast",
         ),
     )

@@ -1,8 +1,8 @@
 """The technique `tune_scales`: fit all scales of a rounded model together to the original's predictions.
 
 The solver is `scale_descent.py`; here are the samples, the original that is run beside, what is kept in the run folder,
-and the check on samples that were held back. Inputs of layers that are rounded too are left as floats meanwhile:
-rounding them passes no gradient on.
+and the check on samples that were held back. Inputs of layers that are rounded too are rounded meanwhile, gradients
+passing straight through.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TuneScales(Technique):
     def _fitted(self, candidate: Candidate, context: Context) -> dict[str, Quantized]:
         """Return the codes with the scales that are kept: those that were found, or those that were there."""
         tuning = Tuning.of(self, candidate, context)
-        with fused_attention(tuning.network), fused_attention(tuning.original):
+        with candidate.simulated(), fused_attention(tuning.network), fused_attention(tuning.original):
             before = tuning.judge(context.progress)
             found = tuning.run(context, candidate.applied)
             for name, codes in found.items():

@@ -1,0 +1,105 @@
+"""What a teacher is worth to a model with fewer blocks: one student trained beside the original, and on labels alone.
+
+    python benchmarks/students.py --model DIR --data train.jsonl --eval test.jsonl [--tokens 128] [--stays 50%]
+
+The student is the original without some of its blocks (those that its predictions miss least). It is trained for the
+same epochs on the same rows, once following the original's predictions and blocks besides the labels, once on labels
+alone, for several seeds. Rows are compared in pairs: right answers of one, mean over seeds, against the other's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from contest import Entry, add_arguments, build_all, make_contest, say, share
+from encoder import batches_of
+from onnx_export import OnnxFloat32
+from ours import Gossamer
+from peer import Peer
+from pruning import OF_ENCODERS, Cut, Steps, measure, row_of
+from results import table, write_section
+
+from gossamer.measure.statistics import paired_quality
+from gossamer.tasks.base import Metric, Scores
+
+TAUGHT, ALONE = "distilled", "labels alone"
+
+
+def students(stays: str, epochs: float, seeds: int) -> list[Gossamer]:
+    """Return the student as it is cut, and trained in both ways with each seed."""
+    cut = {"prune": {"what": "layers", "to": stays, "by": "divergence"}}
+    ways: dict[str, Mapping[str, Any]] = {TAUGHT: {}, ALONE: {"logits": 0, "hidden": 0, "labels": 1}}
+    found = [Gossamer("onnxruntime", (cut,), f"blocks to {stays}, not trained")]
+    for seed in range(seeds):
+        for way, settings in ways.items():
+            steps: Steps = (cut, {"distill": {**settings, "epochs": epochs}})
+            found.append(Gossamer("onnxruntime", steps, f"blocks to {stays}, {way}, seed {seed}", seed=seed))
+    return found
+
+
+def compared(found: Sequence[Cut], original: Scores, metric: Metric) -> str:
+    """Return what the teacher is worth, and what is left of the original's right answers, mean over seeds."""
+    taught, alone = (mean_of([one for one in found if f", {way}, " in one.entry.peer.label]) for way in (TAUGHT, ALONE))
+    return (
+        f"Right answers, row by row, mean over seeds: {TAUGHT} "
+        f"{share(paired_quality(taught, alone, metric), 2)} of those of {ALONE}; "
+        f"{share(paired_quality(taught, original, metric), 2)} of the original's."
+    )
+
+
+def mean_of(found: Sequence[Cut]) -> Scores:
+    """Return the scores of each row, mean over students."""
+    first = found[0].evaluation.scores
+    return Scores(np.mean([one.evaluation.scores.sums for one in found], axis=0), first.weights)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=128, help="texts are cut to so many tokens")
+    parser.add_argument("--stays", default="50%", help="what stays of the blocks")
+    parser.add_argument("--epochs", type=float, default=4.0, help="how often each row is seen")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--rows", type=int, help="score on so many held-out rows (default: all)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each pair that is timed in turns")
+    arguments = parser.parse_args()
+    if arguments.model is None or arguments.data is None or arguments.evaluation is None:
+        print("students.py: skipped, it needs --model, --data and --eval")
+        return 0
+    began = time.monotonic()
+    settings = {"max_length": arguments.tokens, "latency_tokens": arguments.tokens}
+    contest = make_contest(arguments, "text-classification", settings, arguments.rows)
+    prepared, task = contest.prepared, contest.prepared.task
+    calibration = [
+        batch.inputs for batch in task.calibration(prepared.calibration, prepared.source, arguments.calibration_rows)
+    ]
+    peers: list[Peer] = [OnnxFloat32(), *students(arguments.stays, arguments.epochs, arguments.seeds)]
+    entries, skipped = build_all(contest, peers, arguments, calibration)
+    if len(entries) < len(peers):
+        print("students.py: not all could be made:\n" + "\n".join(skipped), file=sys.stderr)
+        return 1
+    say("scoring the original")
+    with contest.serve_original() as original:
+        reference = task.evaluate(original.run_all, batches_of(contest))
+    uncut: Entry = entries[0]
+    found = [measure(contest, entry, uncut, reference, arguments.seconds) for entry in entries[1:]]
+    text = table(OF_ENCODERS, [row_of(one, task.metric) for one in found])
+    text += "\n\n" + compared(found, reference.scores, task.metric)
+    print(text)
+    if not arguments.no_results:
+        name = arguments.model.name
+        write_section(
+            f"students {name}", f"Students of {name} with fewer blocks", text, threads=contest.threads,
+            seconds=time.monotonic() - began,
+        )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""How many rows of a step fit: what autograd keeps is counted, and a step comes out the same in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer.errors import TechniqueError
+from gossamer.run.progress import Silent
+from gossamer.tasks.base import Batch
+from gossamer.train.fitting import fitting_rows, kept_bytes, remembered
+
+WEIGHT = torch.ones(8, 8, requires_grad=True)
+
+
+class Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def rows(count: int) -> list[Batch]:
+    return [Batch({"x": np.ones((1, 8), dtype=np.float32)}, np.array([index])) for index in range(count)]
+
+
+def run(some: object) -> Tensor:
+    """Keep 32 bytes for each row (its input), 32 for what the exponential gave, and 256 whatever the rows."""
+    count = len(some)  # type: ignore[arg-type]
+    return ((torch.ones(count, 8) @ WEIGHT.exp()).exp()).sum()
+
+
+def test_what_is_kept_is_counted_once_and_parameters_are_not() -> None:
+    assert kept_bytes(lambda: run(rows(1))) == 256 + 64
+    assert kept_bytes(lambda: run(rows(2))) == 256 + 128
+
+
+@pytest.mark.parametrize(("free", "fits"), [(10**9, 16), (3500, 16), (2720, 8), (1936, 2), (1768, 1)])
+def test_the_most_rows_that_fit_are_taken(free: int, fits: int) -> None:
+    said = Said()
+    # always 256 + 16 * 64 trained, 64 * 1.4 for each row: 1280 + 89.6 n <= 0.8 free
+    assert fitting_rows(16, rows(2), run, 64, free, said, "distill") == fits
+    assert bool(said.lines) == (fits < 16)
+
+
+def test_less_than_a_row_is_refused_with_both_numbers() -> None:
+    with pytest.raises(TechniqueError, match=r"distill needs about .* for one row of a step, .* may be used"):
+        fitting_rows(16, rows(2), run, 64, 1000, Silent(), "distill")
+
+
+def test_what_was_found_first_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert remembered(folder, lambda: 4) == 4
+    assert remembered(folder, lambda: 16) == 4
