@@ -59,11 +59,13 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def opened(speaker: Path, tmp_path: Path, data: Any, evaluation: Any) -> Iterator[tuple[Job, list[str]]]:
+def opened(
+    speaker: Path, tmp_path: Path, data: Any, evaluation: Any, **settings: int
+) -> Iterator[tuple[Job, list[str]]]:
     said = Said()
     inputs = Inputs(
         model=speaker, task="causal-lm", data=data, evaluation=evaluation, runtime="torch", threads=1,
-        task_settings={"context": 48}, calibration_rows=16, progress=said,
+        task_settings={"context": 48, **settings}, calibration_rows=16, progress=said,
     )  # fmt: skip
     prepared = prepare(inputs)
     with Run(tmp_path / "run", {"a": "test"}) as run, opened_job(inputs, prepared, run) as job:
@@ -120,3 +122,12 @@ def test_a_dropped_row_is_replaced_by_the_next() -> None:
 def test_nothing_to_find_says_nothing(speaker: Path, tmp_path: Path) -> None:
     with opened(speaker, tmp_path, rows(SENTENCES[:14]), rows(SENTENCES[40:60])) as (job, said):
         assert (job.findings, said) == ((), [])
+
+
+def test_all_windows_of_the_other_rows_are_there_to_learn_from(speaker: Path, tmp_path: Path) -> None:
+    long = [f"{noun} " * 30 for noun in ("grids", "files", "codes", "words")]  # four windows each
+    data = rows([*SENTENCES[:16], *long])
+    with opened(speaker, tmp_path, data, rows(SENTENCES[40:60]), max_tokens=40) as (job, _):
+        assert len(job.evaluation) == 1  # what is scored is bounded
+        assert len(job.rows.others) == 4
+        assert len(job.training) > 4

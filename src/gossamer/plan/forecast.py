@@ -136,7 +136,7 @@ class Forecaster:
                 self._add_sweep(step, applied, costs, own + codes)
             else:
                 learns = step.needs.training
-                passes = step.model_passes(len(job.rows.others) if learns else len(job.calibration))
+                passes = step.model_passes(len(job.training) if learns else len(job.calibration))
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
                 each = rates.pass_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -78,9 +79,12 @@ class Job:
 
     @cached_property
     def training(self) -> tuple[Batch, ...]:
-        """Return the rows to learn from as batches of one row: none of them says what an evaluation row says."""
+        """Return the rows to learn from as batches of one row: none of them says what an evaluation row says.
+
+        They are made as those that calibrate are: a bound on what is scored does not bound what is learned from.
+        """
         rows = apart(self.rows.others, self.rows.evaluation)
-        return tuple(self.task.batches(rows, self.source)) if rows else ()
+        return tuple(self.task.calibration(rows, self.source, sys.maxsize)) if rows else ()
 
     def request(self, runtime: Runtime | None = None) -> ExportRequest:
         """Return what a runtime needs to write an artifact of this job's model."""
