@@ -99,9 +99,9 @@ def test_says_what_follows_from_the_instruction_sets(
 def test_doctor_names_the_command_for_what_is_missing() -> None:
     found = doctor()
     assert {extra.package for extra in found.extras} == {package.name for package in PACKAGES}
-    for extra in found.extras:
-        present = extra.package in found.stamp.packages
-        assert (extra.version is not None) == present
+    for extra, package in zip(found.extras, PACKAGES, strict=True):
+        present = extra.version is not None
+        assert (extra.package in found.stamp.packages) == (present and package.stamped)
         assert (extra in found.missing) != present
     commands = {extra.package: extra.command for extra in found.extras}
     assert commands["openvino"] == 'pip install "gossamer[openvino]"'

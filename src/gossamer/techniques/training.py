@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,10 +25,8 @@ from gossamer.models.roles import ModelMap
 from gossamer.run.fingerprint import hash_json
 from gossamer.tasks.base import Batch, Task, spread
 from gossamer.techniques.base import Context, Technique
+from gossamer.train.lesson import Lesson, Outcome, Plan
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
-
-if TYPE_CHECKING:
-    from gossamer.train.loop import Lesson, Outcome, Plan
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
@@ -86,8 +84,6 @@ class TrainingTechnique(Technique):
 
     def _lesson(self, candidate: Candidate, context: Context) -> Lesson:
         """Return what is learned on which rows: the original is run beside where an objective follows it."""
-        from gossamer.train.loop import Lesson  # transformers' Trainer takes seconds to import
-
         source, task = candidate.source, context.task
         rows = self._rows(context)
         teacher = source.original(task).requires_grad_(False)
@@ -105,8 +101,6 @@ class TrainingTechnique(Technique):
 
     def _plan(self, context: Context) -> Plan:
         """Return how long and how fast."""
-        from gossamer.train.loop import Plan
-
         precision = self.precision
         if precision == "auto":
             precision = "bf16" if multiplies_bf16() or torch.cuda.is_available() else "fp32"
@@ -114,6 +108,7 @@ class TrainingTechnique(Technique):
             epochs=self.epochs,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
+            memory=context.samples_memory,  # the copies of weights are not in it
             rate=self.rate,
             precision=precision,
             seed=context.seed,
