@@ -125,9 +125,8 @@ def test_nothing_to_find_says_nothing(speaker: Path, tmp_path: Path) -> None:
 
 
 def test_all_windows_of_the_other_rows_are_there_to_learn_from(speaker: Path, tmp_path: Path) -> None:
-    long = [f"{noun} " * 30 for noun in ("grids", "files", "codes", "words")]  # four windows each
-    data = rows([*SENTENCES[:16], *long])
+    data = rows([" ".join([text] * 4) for text in SENTENCES[:20]])  # three windows each
     with opened(speaker, tmp_path, data, rows(SENTENCES[40:60]), max_tokens=40) as (job, _):
         assert len(job.evaluation) < len(SENTENCES[40:60])  # what is scored is bounded
         assert len(job.rows.others) == 4
-        assert len(job.training) > 4
+        assert len(job.training) > 2 * len(job.rows.others)
