@@ -95,6 +95,12 @@ def make_contest(arguments: argparse.Namespace, task: str, settings: Mapping[str
     return Contest(prepare(inputs), settings, arguments.threads, out)
 
 
+def calibration_inputs(contest: Contest, count: int) -> list[Mapping[str, Any]]:
+    """Return the inputs, one sample each, that gossamer's own recipes calibrate on."""
+    prepared = contest.prepared
+    return [batch.inputs for batch in prepared.task.calibration(prepared.calibration, prepared.source, count)]
+
+
 def build_all(
     contest: Contest, peers: Sequence[Peer], arguments: argparse.Namespace, calibration: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Entry], list[str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,13 +151,14 @@ def library(found: Found) -> str:
     return next(name for name in ("onnx", "openvino", "torch") if name in runtime)
 
 
-def parsed(about: str) -> argparse.Namespace:
-    """Return the command line's arguments; the demo's model and rows where none are named."""
+def parsed(about: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> argparse.Namespace:
+    """Return the command line's arguments; the demo's model and rows where none are named. `more` adds others."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--tokens", type=int, help="texts are cut to so many tokens, and a timed request has as many")
     parser.add_argument("--rows", type=int, help="score on so many held-out rows (default: all)")
     parser.add_argument("--seconds", type=float, default=16.0, help="time spent on each pair that is timed in turns")
+    more(parser)
     arguments = parser.parse_args()
     if arguments.model is None:
         arguments.model, arguments.tokens = DEMO, arguments.tokens or 64

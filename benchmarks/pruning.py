@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from contest import Contest, Entry, add_arguments, build_all, make_contest, megabytes, say, share
+from contest import Contest, Entry, add_arguments, build_all, calibration_inputs, make_contest, megabytes, say, share
 from encoder import batches_of, files_of
 from llm import held_out, rows_of
 from onnx_export import OnnxFloat32
@@ -213,11 +213,7 @@ def main() -> int:
     if encoder and arguments.only:
         arguments.only.append(OnnxFloat32().label)  # what the others are timed against
     contest = make_contest(arguments, arguments.task, settings, arguments.rows)
-    prepared = contest.prepared
-    calibration = [
-        batch.inputs
-        for batch in prepared.task.calibration(prepared.calibration, prepared.source, arguments.calibration_rows)
-    ]
+    calibration = calibration_inputs(contest, arguments.calibration_rows)
     entries, skipped = build_all(contest, encoders() if encoder else language_models(), arguments, calibration)
     if not any(not isinstance(entry.peer, OnnxFloat32) for entry in entries):
         print("pruning.py: nothing was made:\n" + "\n".join(skipped), file=sys.stderr)

@@ -1,6 +1,6 @@
 """What a teacher is worth to a model with fewer blocks: one student trained beside the original, and on labels alone.
 
-    python benchmarks/students.py --model DIR --data train.jsonl --eval test.jsonl [--tokens 128] [--stays 50%]
+    python benchmarks/students.py [--model DIR --data train.jsonl --eval test.jsonl] [--tokens 128] [--stays 50%]
 
 The student is the original without some of its blocks (those that its predictions miss least). It is trained for the
 same epochs on the same rows, once following the original's predictions and blocks besides the labels, once on labels
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from contest import Entry, add_arguments, build_all, make_contest, say, share
-from encoder import batches_of
+from contest import Entry, build_all, calibration_inputs, make_contest, say, share
+from encoder import batches_of, parsed
 from onnx_export import OnnxFloat32
 from ours import Gossamer
 from peer import Peer
@@ -58,29 +58,22 @@ def mean_of(found: Sequence[Cut]) -> Scores:
     return Scores(np.mean([one.evaluation.scores.sums for one in found], axis=0), first.weights)
 
 
-def main() -> int:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=128, help="texts are cut to so many tokens")
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """Add what only this benchmark asks."""
     parser.add_argument("--stays", default="50%", help="what stays of the blocks")
     parser.add_argument("--epochs", type=float, default=4.0, help="how often each row is seen")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
-    parser.add_argument("--rows", type=int, help="score on so many held-out rows (default: all)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each pair that is timed in turns")
-    arguments = parser.parse_args()
-    if arguments.model is None or arguments.data is None or arguments.evaluation is None:
-        print("students.py: skipped, it needs --model, --data and --eval")
-        return 0
+
+
+def main() -> int:
+    """Run the benchmark."""
+    arguments = parsed(__doc__, add_own)
     began = time.monotonic()
     settings = {"max_length": arguments.tokens, "latency_tokens": arguments.tokens}
     contest = make_contest(arguments, "text-classification", settings, arguments.rows)
-    prepared, task = contest.prepared, contest.prepared.task
-    calibration = [
-        batch.inputs for batch in task.calibration(prepared.calibration, prepared.source, arguments.calibration_rows)
-    ]
+    task = contest.prepared.task
     peers: list[Peer] = [OnnxFloat32(), *students(arguments.stays, arguments.epochs, arguments.seeds)]
-    entries, skipped = build_all(contest, peers, arguments, calibration)
+    entries, skipped = build_all(contest, peers, arguments, calibration_inputs(contest, arguments.calibration_rows))
     if len(entries) < len(peers):
         print("students.py: not all could be made:\n" + "\n".join(skipped), file=sys.stderr)
         return 1
