@@ -160,6 +160,7 @@ def optimize(
         evaluation_rows=evaluation_rows,
         forward=forward,
         trust_remote_code=trust_remote_code,
+        progress=progress or Silent(),
     )
 
     def run(inputs: Inputs) -> RunResult:
@@ -167,7 +168,7 @@ def optimize(
             inputs, parsed, Path(out), fresh=fresh, max_candidates=max_candidates, time_budget_seconds=time_budget
         )
 
-    return _tracked(run, inputs, track, Path(out), progress or Silent(), goal=goal)
+    return _tracked(run, inputs, track, Path(out), goal=goal)
 
 
 def apply(
@@ -218,12 +219,13 @@ def apply(
         evaluation_rows=evaluation_rows,
         forward=forward,
         trust_remote_code=trust_remote_code,
+        progress=progress or Silent(),
     )
 
     def run(inputs: Inputs) -> RunResult:
         return flow.apply_run(inputs, steps, parsed, Path(out), fresh=fresh)
 
-    return _tracked(run, inputs, track, Path(out), progress or Silent(), goal=goal or "", recipe=str(steps))
+    return _tracked(run, inputs, track, Path(out), goal=goal or "", recipe=str(steps))
 
 
 def evaluate(
@@ -328,17 +330,12 @@ def report(run: str | Path) -> Path:
 
 
 def _tracked(
-    run: Callable[[Inputs], RunResult],
-    inputs: Inputs,
-    names: Sequence[str],
-    out: Path,
-    progress: Progress,
-    **asked: str,
+    run: Callable[[Inputs], RunResult], inputs: Inputs, names: Sequence[str], out: Path, **asked: str
 ) -> RunResult:
     """Return what a run finds, with its card, and tell the named trackers what was asked, and the report."""
     if not names:
-        return _with_card(run(replace(inputs, progress=progress)))
-    with tracked(names, out, progress) as told:
+        return _with_card(run(inputs))
+    with tracked(names, out, inputs.progress) as told:
         shown = {"model": inputs.model if isinstance(inputs.model, str | Path) else type(inputs.model).__name__}
         plain = {name: getattr(inputs, name) for name in ("task", "runtime", "seed", "calibration_rows")}
         told.settings({**asked, **{name: str(value) for name, value in (shown | plain).items()}})

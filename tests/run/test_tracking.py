@@ -10,7 +10,7 @@ import pytest
 
 from gossamer.errors import RunError
 from gossamer.run.progress import Silent
-from gossamer.run.tracking import tracked
+from gossamer.run.tracking import TRACKERS, Values, tracked
 
 
 def told(name: str, out: Path) -> None:
@@ -126,3 +126,86 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="2 were started"), tracked(["tensorboard"], tmp_path, Silent()):
         pass
+
+
+class Spoken(Silent):
+    """Progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Keep one line."""
+        self.said.append(message)
+
+
+class Failing:
+    """A tracker whose place is out of reach after so many numbers."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+        self.told: list[str] = []
+
+    def _reached(self, what: str) -> None:
+        if not self.left:
+            raise ConnectionError("no route to host")
+        self.left -= 1
+        self.told.append(what)
+
+    def settings(self, values: Values) -> None:
+        """Keep the settings."""
+        self._reached("settings")
+
+    def numbers(self, series: str, step: int, values: Values) -> None:
+        """Keep numbers."""
+        self._reached(f"{series} {step}")
+
+    def file(self, path: Path) -> None:
+        """Keep a file."""
+        self._reached(path.name)
+
+    def finish(self) -> None:
+        """Close."""
+        self._reached("finish")
+
+
+def test_a_tracker_out_of_reach_is_said_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails, lasts, spoken = Failing(after=2), Failing(after=9), Spoken()
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda folder: fails)
+    monkeypatch.setitem(TRACKERS, "mlflow", lambda folder: lasts)
+    with tracked(["tensorboard", "mlflow"], tmp_path, spoken) as progress:
+        progress.settings({"goal": "size <= 30%"})
+        for step in (1, 2, 3):
+            progress.record("distill", step, {"loss": 1.0})
+    assert spoken.said == ["tensorboard is told nothing more: no route to host"]
+    assert fails.told == ["settings", "distill 1"]
+    assert lasts.told == ["settings", "distill 1", "distill 2", "distill 3", "finish"]
+
+
+def test_what_a_run_raises_is_not_hidden_by_a_tracker_that_cannot_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda folder: Failing(after=0))
+    with pytest.raises(RunError, match="the run's own"), tracked(["tensorboard"], tmp_path, Silent()):
+        raise RunError("the run's own", "none")
+
+
+def test_a_tracker_that_cannot_be_opened_is_one_of_our_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://such")
+    with pytest.raises(RunError, match="mlflow could not be opened") as found, tracked(["mlflow"], tmp_path, Silent()):
+        pass
+    assert "--track mlflow" in str(found.value.hint)
+
+
+def test_two_runs_stand_side_by_side_in_one_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    told("mlflow", tmp_path)
+    told("mlflow", tmp_path)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{(tmp_path / 'tracking' / 'mlflow' / 'mlflow.db').resolve()}")
+    (experiment,) = client.search_experiments(filter_string="name = 'gossamer'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [(run.info.status, run.data.metrics["distill/loss"]) for run in runs] == [("FINISHED", 2.0)] * 2

@@ -46,10 +46,14 @@ class Tracker(Protocol):
 
 
 class Tracked:
-    """Pass progress on, and numbers to trackers too."""
+    """Pass progress on, and numbers to trackers too. One that fails is said once and told nothing more.
 
-    def __init__(self, progress: Progress, trackers: Sequence[Tracker]) -> None:
-        self._progress, self._trackers = progress, trackers
+    A tracker may be behind a network, and hours of work are not lost because it is out of reach.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._trackers: dict[str, Tracker] = {}
         self._last: dict[str, tuple[int, int]] = {}  # series -> how often it began, its last step
 
     def stage(self, label: str, total: float | None = None) -> AbstractContextManager[Callable[[float], None]]:
@@ -66,40 +70,59 @@ class Tracked:
         begun, last = self._last.get(series, (1, -1))
         begun += step < last
         self._last[series] = (begun, step)
-        for tracker in self._trackers:
-            tracker.numbers(series if begun == 1 else f"{series} {begun}", step, values)
+        named = series if begun == 1 else f"{series} {begun}"
+        self._tell(lambda tracker: tracker.numbers(named, step, values))
 
     def settings(self, values: Values) -> None:
         """Tell the trackers what was asked for."""
-        for tracker in self._trackers:
-            tracker.settings(values)
+        self._tell(lambda tracker: tracker.settings(values))
 
     def file(self, path: Path) -> None:
         """Give the trackers a file."""
-        for tracker in self._trackers:
-            tracker.file(path)
+        self._tell(lambda tracker: tracker.file(path))
+
+    def open(self, name: str, folder: Path) -> None:
+        """Begin to tell the named tracker, whose files go into `folder`. Raises RunError where it cannot be opened."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._trackers[name] = TRACKERS[name](folder.resolve())
+        except Exception as error:  # whatever a library raises: a wrong address, no key, a database of another version
+            raise RunError(
+                f"{name} could not be opened: {error}", f"see its environment variables, or leave out --track {name}"
+            ) from error
+
+    def finish(self) -> None:
+        """Let every tracker write what is left, and close."""
+        self._tell(lambda tracker: tracker.finish())
+
+    def _tell(self, told: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                told(tracker)
+            except Exception as error:  # whatever a library or a network raises: what is measured here goes on
+                del self._trackers[name]
+                self.say(f"{name} is told nothing more: {error}")
 
 
 @contextmanager
 def tracked(names: Sequence[str], out: Path, progress: Progress) -> Iterator[Tracked]:
-    """Open the named trackers while the `with` lasts. Raises RunError for one that is unknown or not installed.
+    """Open the named trackers while the `with` lasts.
+
+    Raises RunError for one that is unknown, not installed, or that cannot be opened.
 
     >>> with tracked(["tensorboard"], Path("build"), Silent()) as progress:  # doctest: +SKIP
     ...     optimize(..., progress=progress)
     """
-    opened: list[Tracker] = []
     if names and num_processes() > 1:
         raise RunError(f"--track is for one process, {num_processes()} were started", "leave it out under torchrun")
+    found = Tracked(progress)
     try:
         for name in dict.fromkeys(names):
             _check(name)
-            folder = out / FOLDER / name
-            folder.mkdir(parents=True, exist_ok=True)
-            opened.append(TRACKERS[name](folder.resolve()))
-        yield Tracked(progress, opened)
+            found.open(name, out / FOLDER / name)
+        yield found
     finally:
-        for tracker in opened:
-            tracker.finish()
+        found.finish()
 
 
 def _check(name: str) -> None:
@@ -172,9 +195,8 @@ class _MLflow(_Known):
         import mlflow
         from accelerate.tracking import MLflowTracker
 
-        elsewhere = "MLFLOW_TRACKING_URI" in os.environ
-        if not elsewhere:
-            mlflow.set_tracking_uri(f"sqlite:///{folder / DATABASE}")
+        elsewhere = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(elsewhere or f"sqlite:///{folder / DATABASE}")  # for good: an earlier run's stays else
         super().__init__(MLflowTracker(PROJECT, None if elsewhere else (folder / "artifacts").as_uri()))
 
     def numbers(self, series: str, step: int, values: Values) -> None:
