@@ -96,6 +96,17 @@ def test_what_was_measured_corrects_the_next_prediction_of_its_kind(tables: Tabl
     assert corrections.latency["8"] == pytest.approx(log(2))  # a right prediction changes nothing
 
 
+def test_bytes_that_files_take_beside_their_parameters_are_learned(tables: Tables) -> None:
+    corrections = Corrections()
+    before = predict(tables, [INT8])
+    corrections.learn("8", before, latency_share=None, quality_share=0.996, size_bytes=before.size_bytes + 700)
+    assert predict(tables, [INT8], corrections).size_bytes == before.size_bytes + 700
+    assert predict(tables, [INT4], corrections).size_bytes == predict(tables, [INT4]).size_bytes + 700
+    again = predict(tables, [INT8], corrections)
+    corrections.learn("8", again, latency_share=None, quality_share=0.996, size_bytes=again.size_bytes - 200)
+    assert predict(tables, [INT8], corrections).size_bytes == before.size_bytes + 500
+
+
 def test_what_cuts_and_trains_as_a_measured_recipe_loses_what_that_one_lost(tables: Tables) -> None:
     learned = Distill()
     corrections = Corrections()

@@ -336,13 +336,13 @@ def test_what_was_measured_is_learned_again_by_tables_that_know_blocks(tables: T
     known = replace(
         tables, blocks=(BlockTimes(stack="blocks", blocks=(0,), format="int8", seconds=1.0, cut={}),), proof_seconds=9.0
     )
-    search.seen = [((INT8,), 0.75, 0.99)]
+    search.seen = [((INT8,), 0.75, 0.99, 5_000.0)]
     search.corrections = Corrections(latency={"stale": 3.0})
     search._learn_again(tables)
     assert search.corrections.latency == {"stale": 3.0}  # these tables know no more
     search._learn_again(known)
     expected = Corrections()
     before = predict(known, [INT8])
-    expected.learn(format_key(INT8.resolve(tables.model)), before, 0.75, 0.99)
+    expected.learn(format_key(INT8.resolve(tables.model)), before, 0.75, 0.99, (), 5_000.0)
     assert search.corrections == expected
     assert search.tables is known

@@ -10,7 +10,8 @@
               an accuracy loses at most the share of answers that change, which is both measured (1 - agreement) and
               bounded by sqrt(KL / 2) (Pinsker's inequality): the smaller of the two
 
-Each figure is corrected by what was measured of earlier candidates: factors on the latency and on the lost quality.
+Each figure is corrected by what was measured of earlier candidates: factors on the latency and on the lost quality,
+bytes beside those of the parameters (headers of the file, nodes of a graph), which only small models notice.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ CAST_BYTES = {"bf16": 2, "fp16": 2}
 
 @dataclass
 class Corrections:
-    """Hold what measuring taught: log-factors on latency (by activation format) and on the lost quality.
+    """Hold what measuring taught: log-factors on latency (by activation format) and on the lost quality, more bytes.
 
     A recipe that cuts or trains as a measured one did (`cuts`) loses what that one lost; for all others the factor is
-    what half of each surprise left.
+    what half of each surprise left. `beside` is the bytes that files took more than predicted.
     """
 
     latency: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
     quality: float = 0.0
     cuts: dict[tuple[str, ...], float] = field(default_factory=dict)
 
@@ -48,9 +50,11 @@ class Corrections:
         Layers timed alone have their weights in the cache, which flatters the larger ones of the original: a large part
         of what a prediction misses is common to all kinds.
         """
-        if formats in self.latency or not self.latency:
-            return self.latency.get(formats, 0.0)
-        return sum(self.latency.values()) / len(self.latency)
+        return _own_or_mean(self.latency, formats)
+
+    def of_bytes(self, formats: str) -> int:
+        """Return the bytes that files of a kind take more than their parameters do."""
+        return round(_own_or_mean(self.beside, formats))
 
     def of_quality(self, cuts: tuple[str, ...]) -> float:
         """Return the log-factor on what a recipe loses that cuts and trains like this."""
@@ -63,8 +67,11 @@ class Corrections:
         latency_share: float | None,
         quality_share: float,
         cuts: tuple[str, ...] = (),
+        size_bytes: float | None = None,
     ) -> None:
         """Take one measured candidate in: the next prediction of its kind starts from what was seen."""
+        if size_bytes is not None:
+            self.beside[formats] = self.of_bytes(formats) + size_bytes - predicted.size_bytes
         if latency_share is not None:
             self.latency[formats] = self.of(formats) + log(latency_share / predicted.latency_share)
         lost, expected = max(1e-4, 1 - quality_share), max(1e-4, 1 - predicted.quality_share)
@@ -72,6 +79,12 @@ class Corrections:
         if cuts:
             self.cuts[cuts] = self.of_quality(cuts) + surprise
         self.quality += 0.5 * surprise
+
+
+def _own_or_mean(known: Mapping[str, float], formats: str) -> float:
+    if formats in known or not known:
+        return known.get(formats, 0.0)
+    return sum(known.values()) / len(known)
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,9 @@ def predict(tables: Tables, steps: Sequence[Technique], corrections: Corrections
     """Return what a recipe is expected to reach."""
     corrections = corrections or Corrections()
     decisions, after = resolved(tables.model, steps)
-    size = predicted_bytes(tables, decisions, after)
-    latency = predicted_latency(tables, decisions, after) * exp(corrections.of(format_key(decisions)))
+    formats = format_key(decisions)
+    size = predicted_bytes(tables, decisions, after) + corrections.of_bytes(formats)
+    latency = predicted_latency(tables, decisions, after) * exp(corrections.of(formats))
     kl = left_by_repairs(steps) * sum(tables.profile.effects[step].kl for step in alone(steps))
     lost = predicted_loss(tables, steps, kl) * exp(corrections.of_quality(cut_key(steps)))
     unchanged_bytes = tables.original.same_runtime_bytes or tables.original.size_bytes

@@ -62,7 +62,7 @@ class Search:
         self.original = tables.original
         self.reference = reference
         self.corrections = Corrections()
-        self.seen: list[tuple[Steps, float | None, float]] = []  # recipe, share of the latency, of the quality
+        self.seen: list[tuple[Steps, float | None, float, float]] = []  # recipe; shares of latency, quality; bytes
         self.tried: list[Tried] = []
         self.judgements: list[list[Judgement]] = []
 
@@ -111,9 +111,12 @@ class Search:
         if tables.blocks == self.tables.blocks:
             return
         self.tables, self.corrections = tables, Corrections()
-        for steps, ratio, share in self.seen:
-            key = format_key(resolved(tables.model, steps)[0])
-            self.corrections.learn(key, predict(tables, steps, self.corrections), ratio, share, cut_key(steps))
+        for steps, ratio, share, size in self.seen:
+            self._learn(steps, predict(tables, steps, self.corrections), ratio, share, size)
+
+    def _learn(self, steps: Steps, predicted: Prediction, ratio: float | None, share: float, size: float) -> None:
+        key = format_key(resolved(self.tables.model, steps)[0])
+        self.corrections.learn(key, predicted, ratio, share, cut_key(steps), size)
 
     def _refusal(self, steps: Steps) -> str:
         """Return why a recipe cannot be carried out now: memory, disk, or the time that is left."""
@@ -133,7 +136,6 @@ class Search:
         judgements: list[Judgement] = []
         tried = self._as_untried(item)
         try:
-            decisions = resolved(self.job.model, item.steps)[0]
             refusal = refused_by(self.job.runtime, self.job.model, item.steps)
             if refusal is not None:
                 raise RuntimeUnavailable(f"{self.job.runtime.name} cannot hold it: {refusal}")
@@ -141,9 +143,9 @@ class Search:
             if tried.measured is not None and not tried.rejected:
                 figures = tried.measured.figures
                 timed, share = figures.get("latency p50 ratio"), figures["quality"].value
-                ratio = timed.value if timed is not None else None
-                self.seen.append((item.steps, ratio, share))
-                self.corrections.learn(format_key(decisions), item.prediction, ratio, share, cut_key(item.steps))
+                seen = (timed.value if timed is not None else None), share, figures["size"].value
+                self.seen.append((item.steps, *seen))
+                self._learn(item.steps, item.prediction, *seen)
         except (ArtifactError, MeasureError, RuntimeUnavailable, TechniqueError) as error:
             tried = tried.model_copy(update={"rejected": error.message})
         tried = tried.model_copy(update={"seconds": round(time.monotonic() - began, 3)})

@@ -35,10 +35,13 @@ from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.prune.uneven import checked_size, units_left
+from gossamer.techniques.quantize.layers import num_inputs
 
 MIN_SHARE = 0.1  # of all parameters: where tokens take less, cutting them gains little
 SLACK = 0.002  # of the bound: headers and a graph's own bytes are not counted
 FLOAT_BYTES = 4
+EIGHT = QuantSpec(bits=8)
+ROUNDED = ((None, None), (EIGHT, EIGHT), (QuantSpec(bits=4, symmetric=False, group_size=32), EIGHT))  # blocks, tokens
 ROUNDING = 1e-4  # of the largest output: the cut model may differ so much on tokens that stay
 
 
@@ -149,8 +152,9 @@ class Vocabulary(Technique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield as many tokens as a goal leaves room for where rounding alone does not meet it.
 
-        Eight bits are what rounding reaches at next to no loss; a goal that they meet needs no other tokens. There may
-        be room for some with all weights as they are, and for more with all of them in 8 bits.
+        Eight bits are what rounding reaches at next to no loss; a goal that they meet needs no other tokens. Else there
+        is room for some with all weights as they are, for more with all of them in 8 bits, and for most with the blocks
+        in 4 bits. A model without its words takes as much as it takes: a smaller goal asks for smaller blocks too.
         """
         try:
             sizes = sorted(_room(space), reverse=True)
@@ -185,7 +189,7 @@ def vocabulary_of(model: ModelMap) -> Dimension:
 
 
 def _room(space: SearchSpace) -> set[int]:
-    """Return how many tokens a goal leaves room for, with all weights as they are and in 8 bits; nothing if for all."""
+    """Return how many tokens a goal leaves room for by each way of rounding; nothing if in 8 bits there is for all."""
     one = next((one for one in space.model.dimensions if one.kind == "vocabulary"), None)
     if one is None or not space.wanted & {"size", "params"} or space.calibration_rows < 1:
         return set()
@@ -198,23 +202,28 @@ def _room(space: SearchSpace) -> set[int]:
     if not space.bounds.keys() & {"size", "params"}:
         return {one.size}  # the fewer the better
     beside, share = words_of(space.model).num_bytes, space.bounds.get("size", 1.0) - SLACK
-    room = []
-    for spec in (None, QuantSpec(bits=8)):
-        over = beside + _bytes(space, layers, spec) - share * (beside + _bytes(space, layers, None))
-        room.append(int(one.size * (1 - over / (beside + _bytes(space, cut, spec)))))
+    others = [layer for layer in layers if layer.name not in names]
+    allowed = share * (beside + _bytes(space, layers, None))
+    room: list[int] = []
+    for blocks, tokens in ROUNDED:
+        for_tokens = beside + _bytes(space, cut, tokens)
+        found = int(one.size * (allowed - _bytes(space, others, blocks)) / for_tokens)
+        room.append(max([found, 0, *room[-1:]]))  # layers that no group divides are no smaller in 4 bits
     most = int(one.size * (1 - (1 - space.bounds.get("params", 1.0)) * total / inside))
-    found = {min(most, size) for size in ([one.size] if room[1] >= one.size else room)}
-    return {size for size in found if 0 < size < one.size}
+    sizes = {min(most, size) for size in ([one.size] if room[1] >= one.size else room)}
+    return {size for size in sizes if 0 < size < one.size}
 
 
 def _bytes(space: SearchSpace, layers: Sequence[LayerInfo], spec: QuantSpec | None) -> int:
-    """Return what layers take in the runtime's files, linear ones and embeddings on some grid."""
-    return sum(
-        space.runtime.stored_bytes(
-            layer.role, layer.shape, spec if layer.kind in ("linear", "embedding") else None, FLOAT_BYTES
-        )
-        for layer in layers
-    )
+    """Return what layers take in the runtime's files: on a grid those that it fits, linear ones and embeddings."""
+    total = 0
+    for layer in layers:
+        inside = spec if layer.kind in ("linear", "embedding") else None
+        divides = inside is None or num_inputs(layer) % (inside.group_size or 1) == 0
+        held = divides and (inside is None or not space.runtime.refusal(layer.role, layer.shape, inside, None))
+        grid = inside if held else None
+        total += space.runtime.stored_bytes(layer.role, layer.shape, grid, FLOAT_BYTES)
+    return total
 
 
 def _samples(batches: Sequence[Batch], new: Mapping[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
