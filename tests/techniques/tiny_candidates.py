@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
@@ -70,3 +72,24 @@ def distance_from(original: nn.Module, candidate: Candidate) -> float:
             p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
         total += float((p.exp() * (p - q)).sum(-1).mean())
     return total / 40
+
+
+def llama(num_layers: int = 2, *, tied: bool = True) -> LlamaForCausalLM:
+    """Return a tiny language model, four times louder than random ones are: rounding and cutting it shows."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim > 1 else None
+    return model
+
+
+def made(network: nn.Module, entries: Sequence[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
+    """Return a copy of the network after a recipe, with rows to learn from; `more` is for its context."""
+    candidate, model, context = opened(network, **more)
+    context = dataclasses.replace(context, training=rows_to_learn, training_print="rows")
+    return carried_out(candidate, model, context, entries)[0]

@@ -7,7 +7,7 @@ One row in ten is held back, and the candidate stays as it was where it did not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -34,7 +34,6 @@ MOST_JUDGED = 256
 PASSES = 4  # that one row takes in a step: the teacher's, the student's forward, and twice that back
 FLOAT_BYTES = 4
 FILE = "trained.safetensors"
-MASKING = ("sparsify",)
 Training = Callable[[Path], tuple[dict[str, Any], dict[str, Tensor]]]
 
 
@@ -177,15 +176,6 @@ class TrainingTechnique(Technique):
                 "give more rows with --data",
             )
         return spread(batches, self.rows)
-
-
-def has_masks(applied: Sequence[Mapping[str, Any]]) -> bool:
-    """Say whether a step that was applied took weights out one by one."""
-    return any(
-        name in MASKING or settings.get("sparsity") or settings.get("pattern")
-        for entry in applied
-        for name, settings in entry.items()
-    )
 
 
 def blocks_of(module: nn.Module) -> dict[str, list[nn.Module]]:

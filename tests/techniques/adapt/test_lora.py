@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import runpy
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import TechniqueError
 from gossamer.models.adapters import adapters_of
@@ -20,34 +18,19 @@ from gossamer.train.adapters import adapters, read_adapter
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened, carried_out = TINY["logits"], TINY["opened"], TINY["carried_out"]
-rows = TINY["rows_to_learn"]
+rows, llama = TINY["rows_to_learn"], TINY["llama"]
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-3, "precision": "fp32", "labels": 0, "rank": 4}
 ROUNDED = ("quantize", {"bits": 3, "group_size": 16, "ignore": ["lm_head"]})
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim > 1 else None
-    return model
-
-
 def made(entries: list[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
-    candidate, model, context = opened(llama(), **more)
-    context = dataclasses.replace(context, training=rows, training_print="rows")
-    found, _, _ = carried_out(candidate, model, context, entries)
+    found = TINY["made"](llama(tied=False), entries, **more)
     assert isinstance(found, Candidate)
     return found
 
 
 def distance(candidate: Candidate) -> float:
-    return float(TINY["distance_from"](llama(), candidate))
+    return float(TINY["distance_from"](llama(tied=False), candidate))
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])
@@ -111,7 +94,7 @@ def test_dora_cannot_stand_beside() -> None:
 
 
 def test_thin_layers_read_as_peft_merges_them() -> None:
-    ours, theirs = llama(), llama()
+    ours, theirs = llama(tied=False), llama(tied=False)
     name = "model.layers.1.self_attn.v_proj"
     flags = {n: p.requires_grad for n, p in ours.named_parameters()}
     torch.manual_seed(3)
@@ -128,5 +111,5 @@ def test_thin_layers_read_as_peft_merges_them() -> None:
     torch.testing.assert_close(found.merged, merged)
     torch.testing.assert_close(found.up_OR @ found.down_RI, up @ down)
     assert {n: p.requires_grad for n, p in ours.named_parameters()} == flags
-    assert torch.equal(ours.get_submodule(name).weight, llama().get_submodule(name).weight)
+    assert torch.equal(ours.get_submodule(name).weight, llama(tied=False).get_submodule(name).weight)
     assert not hasattr(ours, "peft_config")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import DataError, TechniqueError
 from gossamer.models.candidate import Candidate
@@ -25,33 +24,20 @@ from gossamer.techniques.training import paired
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened = TINY["logits"], TINY["opened"]
-rows = TINY["rows_to_learn"]
+rows, llama = TINY["rows_to_learn"], TINY["llama"]
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-4, "precision": "fp32", "labels": 0}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim > 1 else None
-    return model
 
 
 def pruned(**more: Any) -> tuple[Candidate, Any, Context]:
     """Return a tiny model with half of its channels, and 160 rows to learn from."""
-    candidate, model, context = opened(llama(), **more)
+    candidate, model, context = opened(llama(3), **more)
     context = dataclasses.replace(context, training=rows, training_print="rows")
     step = Prune.model_validate({"what": "ffn", "to": "25%", "by": "magnitude", "refit": False})
     return step.apply(candidate, model, context), step.after(model), context
 
 
 def distance(candidate: Candidate) -> float:
-    return float(TINY["distance_from"](llama(), candidate))
+    return float(TINY["distance_from"](llama(3), candidate))
 
 
 def test_what_pruning_lost_comes_back() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import runpy
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
@@ -20,7 +18,7 @@ from gossamer.techniques.registry import resolve
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened, carried_out = TINY["logits"], TINY["opened"], TINY["carried_out"]
-rows = TINY["rows_to_learn"]
+rows, llama = TINY["rows_to_learn"], TINY["llama"]
 SHORT: dict[str, Any] = {
     "epochs": 4, "batch_size": 8, "rate": 2e-3, "code_rate": 0.03, "precision": "fp32", "labels": 0, "hidden": 0,
 }  # fmt: skip
@@ -29,23 +27,8 @@ TABLE = ("quantize", {"bits": 4, "group_size": 16, "targets": ["embedding"]})
 QAT = ("qat", SHORT)
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4) if parameter.ndim > 1 else None
-    return model
-
-
 def made(entries: list[tuple[str, dict[str, Any]]], **more: Any) -> Candidate:
-    candidate, model, context = opened(llama(), **more)
-    context = dataclasses.replace(context, training=rows, training_print="rows")
-    found, _, _ = carried_out(candidate, model, context, entries)
+    found = TINY["made"](llama(), entries, **more)
     assert isinstance(found, Candidate)
     return found
 

@@ -34,7 +34,8 @@ from gossamer.models.roles import ModelMap
 from gossamer.recipe import Step
 from gossamer.techniques.adapt.layers import ThinLayers
 from gossamer.techniques.base import Context, Needs, SearchSpace, Technique
-from gossamer.techniques.training import TrainingTechnique, has_masks
+from gossamer.techniques.prune.masks import has_masks
+from gossamer.techniques.training import TrainingTechnique
 
 
 class Lora(ThinLayers, TrainingTechnique):

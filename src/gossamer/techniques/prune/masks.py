@@ -13,7 +13,8 @@ Shape suffixes: O rows, I inputs, m weights of one pattern.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
@@ -22,6 +23,7 @@ from torch import Tensor
 from gossamer.errors import TechniqueError
 
 Pattern = tuple[int, int]
+MASKING = ("sparsify",)  # steps that take weights out one by one, whatever their settings
 
 
 def read_pattern(text: str) -> Pattern:
@@ -82,3 +84,12 @@ def magnitude_scores(weight_OI: Tensor) -> Tensor:
 def wanda_scores(weight_OI: Tensor, second_II: Tensor) -> Tensor:
     """Return |w| times the root mean square of its input."""
     return weight_OI.float().abs() * second_II.diagonal().clamp(min=0).sqrt()
+
+
+def has_masks(applied: Sequence[Mapping[str, Any]]) -> bool:
+    """Say whether a step that was applied took weights out one by one."""
+    return any(
+        name in MASKING or settings.get("sparsity") or settings.get("pattern")
+        for entry in applied
+        for name, settings in entry.items()
+    )

@@ -22,8 +22,9 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.prune.masks import has_masks
 from gossamer.techniques.quantize.fake_grid import fake_grids
-from gossamer.techniques.training import TrainingTechnique, has_masks
+from gossamer.techniques.training import TrainingTechnique
 
 SMALLEST_ROOT = 1e-12  # gradients of a divergence near nothing are far below Adam's usual 1e-8
 
