@@ -17,7 +17,7 @@ from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
 from gossamer.plan.ranking import Ranked, judge_measured, judge_prediction, promise, rank, time_budget
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
-from gossamer.plan.search import Search, short_in_quality_alone
+from gossamer.plan.search import Search, prove, short_in_quality_alone, undecided_by_time_alone
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.quantize.cast import Cast
@@ -249,6 +249,50 @@ def test_only_a_shortfall_in_quality_alone_is_repaired(tables: Tables) -> None:
     for share, size, alone in ((low, 4000, True), (low, 6400, False), (good, 6400, False), (good, 4000, False)):
         found = measured(tables.original, quality=share, metric=share, size=Figure.exact(size, "B"))
         assert short_in_quality_alone(judge_measured(goal, found, tables.original)) == alone
+
+
+def timed(low: float, high: float) -> Figure:
+    return Figure(value=(low + high) / 2, low=low, high=high, n=20)
+
+
+UNDECIDED, MET, MISSED = timed(0.45, 0.55), timed(0.3, 0.4), timed(0.6, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "size", "share", "alone"),
+    [
+        (UNDECIDED, 4000, 1.0, True),
+        (UNDECIDED, 6400, 1.0, False),  # longer timing cannot make the file smaller
+        (UNDECIDED, 4000, 0.5, False),
+        (MET, 4000, 1.0, False),
+        (MISSED, 4000, 1.0, False),
+    ],
+)
+def test_times_alone_are_worth_a_second_look(
+    tables: Tables, ratio: Figure, size: int, share: float, alone: bool
+) -> None:
+    goal = parse_goal("quality >= 90%, size <= 30%, latency <= 50%")
+    quality = Figure.exact(share, "", higher_is_better=True)
+    figures = {"quality": quality, "metric": quality, "size": Figure.exact(size, "B"), "latency p50 ratio": ratio}
+    found = measured(tables.original, **figures)
+    assert undecided_by_time_alone(judge_measured(goal, found, tables.original)) == alone
+
+
+@pytest.mark.parametrize(("first", "looks"), [(UNDECIDED, [False, True]), (MISSED, [False])])
+def test_undecided_times_are_taken_once_more_and_longer(
+    job: Job, tables: Tables, monkeypatch: pytest.MonkeyPatch, first: Figure, looks: list[bool]
+) -> None:
+    seen: list[bool] = []
+
+    def measure(*_: Any, longer: bool = False) -> Measured:
+        seen.append(longer)
+        return measured(tables.original, **{"latency p50 ratio": MET if longer else first})
+
+    monkeypatch.setattr("gossamer.plan.search.measure", measure)
+    goal = parse_goal("latency <= 50%")
+    found, judgements = prove(job, goal, (INT8,), predict_nothing(tables.original), tables.original, None)
+    assert seen == looks
+    assert found.verdict == judgements[0].verdict.value == ("FAIL" if first is MISSED else "PASS")
 
 
 def tried(name: str, verdict: str, violation: float, original: Original, *, rejected: str = "") -> Tried:

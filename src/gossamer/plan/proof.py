@@ -213,8 +213,8 @@ SECOND_LOOK = 0.975
 def time_artifact(job: Job, folder: Path, *, longer: bool = False) -> dict[str, Any]:
     """Return {latency, original, ratio by statistic, memory} of the artifact and the original, timed in turns.
 
-    `longer` is the second look at what the first left undecided: four times as long, and its bounds are wider (each
-    holds with 97.5 %), so that looking twice proves nothing that is not so more often than looking once by half.
+    `longer` is the second look at what the first left undecided: four times as long, with intervals that hold in 97.5 %
+    of all cases. Two looks err more often than one: at most 5 % and 2.5 % together.
     """
 
     def build(_: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,33 @@ def test_tuning_moves_scales_alone_and_only_where_rows_held_back_gain(rows: int,
     assert any(not torch.equal(after[name].scale, codes.scale) for name, codes in before.items()) == helps
     for name, codes in after.items():
         assert torch.equal(candidate.values(name), codes.dequantize())
+
+
+class Spoken(Silent):
+    """Keep what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_tuning_is_judged_with_the_inputs_rounded_as_they_will_be() -> None:
+    spoken = Spoken()
+    candidate, model, context = opened(llama(), 96)
+    Quantize(bits=8, activations="static").apply(candidate, model, context)
+    assert candidate.activations
+    original, found = llama(), dict[str, float]()
+    judged = [{"input_ids": torch.from_numpy(batch.inputs["input_ids"])} for batch in context.calibration[7::8]]
+    for name, computing in (("rounded", candidate.simulated()), ("plain", nullcontext())):
+        with computing, torch.no_grad():
+            rows = [[logits(each, row).log_softmax(-1) for each in (original, candidate.module)] for row in judged]
+        found[name] = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in rows) / len(rows)
+    assert found["rounded"] > 1.5 * found["plain"]
+    TuneScales().apply(candidate, model, replace(context, progress=spoken))
+    (line,) = [line for line in spoken.said if "held back" in line]
+    assert f"{found['rounded']:.2e} before" in line
 
 
 class Impatient(Silent):
