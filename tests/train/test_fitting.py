@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.run.progress import Silent
 from gossamer.tasks.base import Batch
-from gossamer.train.fitting import fitting_rows, kept_bytes, remembered
+from gossamer.train.fitting import fitting_rows, free_bytes, kept_bytes, remembered
 
 WEIGHT = torch.ones(8, 8, requires_grad=True)
 
@@ -57,3 +57,12 @@ def test_what_was_found_first_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert remembered(folder, lambda: 4) == 4
     assert remembered(folder, lambda: 16) == 4
+
+
+def test_on_a_gpu_weights_that_are_still_to_come_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = nn.Linear(8, 8), nn.Linear(8, 8)
+    student.tied = student.weight  # type: ignore[assignment]  # one tensor under two names is moved once
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 20_000))
+    assert free_bytes(student, teacher, None) == 10_000 - 2 * 4 * (64 + 8)
+    assert free_bytes(student.to("meta"), None) == 10_000

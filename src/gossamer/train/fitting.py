@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.measure.machine import memory_bytes
@@ -78,11 +78,15 @@ def fitting_rows(
     return found
 
 
-def free_bytes() -> int:
-    """Return the bytes that are free where training takes place: on the GPU, or in main memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return memory_bytes()[1]
+def free_bytes(*networks: nn.Module | None) -> int:
+    """Return the bytes that are free where training takes place: on the GPU, or in main memory.
+
+    On a GPU these are what is left once the `networks`, which may lie in main memory still, were moved there.
+    """
+    if not torch.cuda.is_available():
+        return memory_bytes()[1]
+    held = {values for one in networks if one is not None for values in (*one.parameters(), *one.buffers())}
+    return int(torch.cuda.mem_get_info()[0]) - sum(values.nbytes for values in held if values.device.type == "cpu")
 
 
 def remembered(folder: Path, find: Callable[[], int]) -> int:

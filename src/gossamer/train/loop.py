@@ -93,7 +93,7 @@ def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, 
 
     dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
     trained = sum(values.numel() for values in student.trained().values())
-    free = free_bytes() if plan.memory is None else plan.memory + COPIES * 4 * trained
+    free = free_bytes(lesson.student, lesson.teacher) if plan.memory is None else plan.memory + COPIES * 4 * trained
     return fitting_rows(plan.batch_size, longest, run, trained, free, progress, label)
 
 
