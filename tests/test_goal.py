@@ -8,20 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import GoalError, MeasureError
-from gossamer.goal import (
-    QUANTITIES,
-    STATISTICS,
-    Constraint,
-    Goal,
-    Judgement,
-    Objective,
-    Verdict,
-    binding,
-    judge,
-    overall,
-    parse_goal,
-    violation,
-)
+from gossamer.goal import QUANTITIES, STATISTICS, Constraint, Goal, Objective, parse_goal
+from gossamer.judgement import Judgement, Verdict, binding, judge, overall, violation
 
 
 @dataclass(frozen=True)

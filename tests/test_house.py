@@ -15,7 +15,7 @@ SRC = Path(__file__).parent.parent / "src" / "gossamer"
 # From the top of the house to its ground; a room imports only rooms that stand after it in this list.
 ROOMS = [
     *("cli", "api", "report", "plan", "techniques", "train", "runtimes", "measure"),
-    *("tasks", "data", "models", "run", "recipe", "goal", "errors"),
+    *("tasks", "data", "models", "run", "recipe", "judgement", "goal", "errors"),
 ]
 
 FILES = sorted(path for path in SRC.rglob("*.py"))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.api import apply, bench, compare, doctor, evaluate, inspect, optimize, plan, report
     from gossamer.errors import GossamerError
-    from gossamer.goal import Goal, Verdict, parse_goal
+    from gossamer.goal import Goal, parse_goal
+    from gossamer.judgement import Verdict
     from gossamer.models.source import Source
     from gossamer.plan.records import PlanResult, RunResult
     from gossamer.recipe import Recipe
@@ -50,7 +51,7 @@ _HOMES = {
     "Recipe": "gossamer.recipe",
     "RunResult": "gossamer.plan.records",
     "Source": "gossamer.models.source",
-    "Verdict": "gossamer.goal",
+    "Verdict": "gossamer.judgement",
     "parse_goal": "gossamer.goal",
 }
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from gossamer.goal import Verdict, parse_goal
+from gossamer.goal import parse_goal
+from gossamer.judgement import Verdict
 from gossamer.plan.block_times import BlockTimes
 from gossamer.plan.candidates import repaired
 from gossamer.plan.job import Job, Rowset

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gossamer.cli import options
 from gossamer.cli.console import Screen
 from gossamer.errors import GoalError
+
+if TYPE_CHECKING:
+    from gossamer.plan.records import PlanResult
 
 
 def plan(
@@ -46,8 +49,6 @@ def plan(
     columns, settings, budget = options.read_columns(column), options.read_settings(task_set), options.read_time(time)
     screen = Screen(as_json=json, quiet=quiet)
     from gossamer import api
-    from gossamer.cli.outcome import show_original, show_predictions
-    from gossamer.cli.spending import show_forecast
 
     with screen.progress() as progress:
         result = api.plan(
@@ -70,8 +71,15 @@ def plan(
             time_budget=budget,
             progress=progress,
         )
-    if screen.answer(result):
-        return
+    if not screen.answer(result):
+        _show(screen, result)
+
+
+def _show(screen: Screen, result: PlanResult) -> None:
+    """Write a plan for a person: the goal, the original, every recipe's prediction, what the first one takes."""
+    from gossamer.cli.outcome import show_original, show_predictions
+    from gossamer.cli.spending import show_forecast
+
     if result.original is not None:
         screen.line("goal", style="bold")
         for sentence in result.goal_in_words:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from gossamer.errors import DataError, GoalError, RunError, RuntimeUnavailable, TechniqueError
-from gossamer.goal import Goal, Verdict
+from gossamer.goal import Goal
+from gossamer.judgement import Verdict
 from gossamer.measure.machine import stamp
 from gossamer.plan.allocation import mixed_recipes
 from gossamer.plan.budget import check_fits, memory_of_one

@@ -15,7 +15,8 @@ from gossamer.data.columns import bind_columns
 from gossamer.data.rows import read_rows
 from gossamer.data.splits import row_key
 from gossamer.errors import ArtifactError, DataError, TaskError
-from gossamer.goal import Goal, judge, overall
+from gossamer.goal import Goal
+from gossamer.judgement import judge, overall
 from gossamer.measure.latency import time_in_turns
 from gossamer.measure.machine import usable_cores
 from gossamer.measure.size import shipped_bytes

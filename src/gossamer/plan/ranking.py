@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gossamer.goal import Goal, Judgement, judge
+from gossamer.goal import Goal
+from gossamer.judgement import Judgement, judge
 from gossamer.plan.candidates import Steps
 from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict
 from gossamer.plan.records import Figure, Measured, Original, Prediction

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gossamer.errors import ArtifactError, MeasureError, RecipeError, RuntimeUnavailable, TechniqueError
-from gossamer.goal import Goal, Judgement, Verdict, binding, overall, violation
+from gossamer.goal import Goal
+from gossamer.judgement import Judgement, Verdict, binding, overall, violation
 from gossamer.measure.statistics import needed_samples
 from gossamer.plan.candidates import Steps, name_of
 from gossamer.plan.forecast import Forecaster
