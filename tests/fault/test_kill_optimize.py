@@ -160,10 +160,10 @@ def test_killed_at_many_moments_it_ends_with_the_same_bytes_and_builds_nothing_t
     started_at = time.time()
     finish(tiny, expected, verb)
     moments = spread_moments(journal(expected), started_at, random.Random(20), verb.kills)
-    killed = [kill_at(tiny, out, moment, verb) for moment in moments]
+    killed = [moment for moment in moments if kill_at(tiny, out, moment, verb)]
     finish(tiny, out, verb)
-    assert sum(killed) >= verb.kills - 2  # the last moments may fall behind the end of a faster run
-    assert len({moment.kind for moment in moments}) >= 3
+    assert len(killed) >= verb.kills / 2  # the last moments may fall behind the end of a run on a less busy machine
+    assert len({moment.kind for moment in killed}) >= 3
     assert artifact(out) == artifact(expected)
     assert not any((out / "scratch").iterdir())
     finished: set[str] = set()

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
-from gossamer.models.source import Source, quiet_transformers
+from gossamer.models.config import quiet_transformers
+from gossamer.models.source import Source
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,19 +15,17 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PretrainedConfig
-from transformers.utils import logging as chatter
 
 from gossamer.errors import ModelError
 from gossamer.models import checkpoint
 from gossamer.models.beside import Beside, processor_class
+from gossamer.models.config import first_line, local_folder, quiet_transformers, read_config
 from gossamer.models.experts import take_apart
 from gossamer.models.lazy import load_buffers, without_values
 from gossamer.models.places import Place, find_places, reader
 from gossamer.models.shards import DTYPES, Shards
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 class Purpose(Protocol):
@@ -97,9 +94,9 @@ class Source:
                 network=model,
                 forward=forward,
             )
-        folder = _local_folder(model)
+        folder = local_folder(model)
         raw = checkpoint.read_config(folder)
-        config = _read_config(folder, raw, trust_remote_code)
+        config = read_config(folder, raw, trust_remote_code)
         checkpoint.weight_files(folder)
         label = name or (folder.resolve().name if Path(model).expanduser().exists() else str(model))
         return cls(label, path=folder, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
@@ -115,7 +112,7 @@ class Source:
         if not (path / "config.json").exists():
             return cls(path.resolve().name, path=path, trust_remote_code=trust_remote_code)
         raw = checkpoint.read_config(path)
-        config = _read_config(path, raw, trust_remote_code)
+        config = read_config(path, raw, trust_remote_code)
         return cls(path.resolve().name, path=path, config=config, raw_config=raw, trust_remote_code=trust_remote_code)
 
     @cached_property
@@ -206,7 +203,7 @@ class Source:
                 module = without_values(build)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
             raise ModelError(
-                f"{self.name} cannot be opened as {task.name} ({task.auto_class}): {_first_line(error)}",
+                f"{self.name} cannot be opened as {task.name} ({task.auto_class}): {first_line(error)}",
                 "choose the task that fits it",
             ) from error
         take_apart(module)
@@ -250,7 +247,7 @@ class Source:
                 return loader.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
             raise ModelError(
-                f"{loader.__name__} cannot open the tokenizer or processor in {self.path}: {_first_line(error)}",
+                f"{loader.__name__} cannot open the tokenizer or processor in {self.path}: {first_line(error)}",
                 "save it beside the model: tokenizer.save_pretrained(folder)",
             ) from error
 
@@ -352,7 +349,7 @@ class Source:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError, AttributeError) as error:
             fits = ", ".join(self.architectures) or "no architecture"
             raise ModelError(
-                f"{self.name} cannot be opened as {wanted}: {_first_line(error)}",
+                f"{self.name} cannot be opened as {wanted}: {first_line(error)}",
                 f"config.json says {fits}: choose the task that fits it",
             ) from error
         if missing := sorted(loading["missing_keys"]):
@@ -369,64 +366,3 @@ class Source:
         assert self.shards is not None
         self._places = find_places(module, self.shards.held)
         return module
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log and progress bars for a while, through its own settings, and restore them."""
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity(logging.CRITICAL)
-    chatter.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _local_folder(model: str | Path) -> Path:
-    """Return the folder itself, or the folder in the ordinary hub cache that holds a hub id's files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    path = Path(model).expanduser()
-    text = str(model)
-    if path.exists() or isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        return path
-    try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-    except HFValidationError as error:
-        raise ModelError(f"{text!r} is neither a folder nor a hub id", "check the path") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"there is no folder {text}, and the hub id {text} could not be fetched: {_first_line(error)}",
-            "check the name and the network, or download the model and give its folder",
-        ) from error
-
-
-def _read_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> PretrainedConfig:
-    model_type = raw.get("model_type")
-    known = model_type in transformers.CONFIG_MAPPING
-    if "auto_map" in raw and not known and not trust_remote_code:
-        raise ModelError(
-            f"{folder} needs its own Python code to open ({', '.join(map(str, raw['auto_map'].values()))})",
-            "read that code; if you trust it, pass --trust-remote-code (trust_remote_code=True)",
-        )
-    if not known and "auto_map" not in raw:
-        raise ModelError(
-            f"transformers {transformers.__version__} knows no model_type {model_type!r} ({folder / 'config.json'})",
-            "update transformers, or pass the nn.Module from Python",
-        )
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # configs are untrusted input: their validators raise errors of many kinds
-        raise ModelError(f"{folder / 'config.json'} is refused by transformers: {_first_line(error)}",
-                         "mend the value that it names") from error  # fmt: skip
-    assert isinstance(config, PretrainedConfig)
-    return config
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

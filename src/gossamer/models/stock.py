@@ -17,9 +17,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from gossamer.models.config import quiet_transformers
 from gossamer.models.experts import take_apart
 from gossamer.models.lazy import without_values
-from gossamer.models.source import quiet_transformers
 
 Path = tuple[str, ...]  # of a number in a config, through the configs inside it
 Shapes = Mapping[str, tuple[int, ...]]

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.models.candidate import Candidate
+from gossamer.models.config import quiet_transformers
 from gossamer.models.experts import layouts
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import EXPERT_ROLES, ModelMap
 from gossamer.models.shards import MAX_SHARD_BYTES, write_shards
-from gossamer.models.source import quiet_transformers
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions

@@ -39,7 +39,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from gossamer.errors import TechniqueError
-from gossamer.models.source import quiet_transformers
+from gossamer.models.config import quiet_transformers
 from gossamer.run.progress import Progress
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
