@@ -192,7 +192,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(tmp_path: Path, m
     step = Prune(what="ffn", to="50%")
     candidate, model, context = opened(llama())
     wanted = step.apply(candidate, model, context).module.state_dict()
-    solve = masking._Masking.solve
+    solve = masking.Masking.solve
     solved: list[str] = []
 
     def dies(self: Any, block: Any) -> None:
@@ -205,12 +205,12 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(tmp_path: Path, m
         with Run(tmp_path / "run", {"model": "x"}) as run:
             yield run
 
-    monkeypatch.setattr(masking._Masking, "solve", dies)
+    monkeypatch.setattr(masking.Masking, "solve", dies)
     for each in run():
         candidate, model, context = opened(llama(), run=each, identity={"model": "x"})
         with pytest.raises(KeyboardInterrupt):
             step.apply(candidate, model, context)
-    monkeypatch.setattr(masking._Masking, "solve", lambda self, block: solved.append(block.name) or solve(self, block))
+    monkeypatch.setattr(masking.Masking, "solve", lambda self, block: solved.append(block.name) or solve(self, block))
     for each in run():
         candidate, model, context = opened(llama(), run=each, identity={"model": "x"})
         found = step.apply(candidate, model, context).module.state_dict()

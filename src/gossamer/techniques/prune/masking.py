@@ -22,7 +22,7 @@ from gossamer.techniques.quantize.bias import corrected_bias
 MIN_SAMPLES = 8
 
 
-class _Masking(BlockTechnique):
+class Masking(BlockTechnique):
     """Sweep over the blocks, set units to zero in the weights that read them, and let the other weights make up."""
 
     name: ClassVar[str] = "prune"

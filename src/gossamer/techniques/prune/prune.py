@@ -31,14 +31,14 @@ from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Tech
 from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.importance import forward_of, importance, tensors
-from gossamer.techniques.prune.masking import MIN_SAMPLES, _Masking
+from gossamer.techniques.prune.masking import MIN_SAMPLES, Masking
 from gossamer.techniques.prune.readers import (
+    kept_units,
     known_beforehand,
     merged,
     readers_of,
     reading,
     units_of,
-    used_units,
 )
 from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.prune.taylor import taylor_scores
@@ -209,7 +209,7 @@ class Prune(BlockTechnique):
         return self.by or DEFAULT_BY.get(self.what, "obs")
 
     def solve(self, block: Block) -> None:
-        """Do nothing: the sweep is `_Masking`'s."""
+        """Do nothing: the sweep is `Masking`'s."""
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand."""
@@ -229,7 +229,7 @@ class Prune(BlockTechnique):
             kept = self._kept_blocks(candidate, sizes, context)
         else:
             candidate = self._masked(candidate, model, sizes, context)
-            kept = {one: _kept_units(candidate, one, size) for one, size in sizes.items()}
+            kept = {one: kept_units(candidate, one, size) for one, size in sizes.items()}
         whole = candidate.weights is None and self.what != "layers"
         expected = computed(candidate, context) if whole else None
         smaller = reduced(candidate, kept)
@@ -302,9 +302,9 @@ class Prune(BlockTechnique):
 
     def _masking(
         self, model: ModelMap, sizes: Mapping[Dimension, int], chosen: Mapping[str, tuple[int, ...]]
-    ) -> _Masking:
+    ) -> Masking:
         readers = readers_of(sizes, {f"{layer.name}.weight": layer for layer in model.layers})
-        return _Masking(
+        return Masking(
             step=self.entry(),
             readers={name: (reader.unit, reader.count) for name, reader in readers.items()},
             chosen=dict(chosen),
@@ -377,15 +377,6 @@ class Prune(BlockTechnique):
 
 def _itself(values: Tensor) -> Tensor:
     return values
-
-
-def _kept_units(candidate: Candidate, one: Dimension, size: int) -> list[int]:
-    """Return the units that stay: those that a reader has columns for that are not all zero, and others to fill up."""
-    left_U = used_units(one, {reader: candidate.values(reader) for reader in one.readers})
-    kept = left_U.nonzero().flatten().tolist()
-    assert len(kept) <= size, f"{len(kept)} units of {one.name} are not zero, {size} may stay"
-    spare = (~left_U).nonzero().flatten().tolist()  # they did nothing before either
-    return sorted([*kept, *spare[: size - len(kept)]])
 
 
 def _meant(one: Dimension, target: str) -> bool:

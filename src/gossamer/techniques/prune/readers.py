@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.models.candidate import Candidate
 from gossamer.models.roles import Dimension, LayerInfo, Member
 from gossamer.techniques.prune.units import joint_obs_order
 
@@ -109,6 +110,15 @@ def used_units(one: Dimension, values: Mapping[str, Tensor]) -> Tensor:
         columns = columns[member.offset : member.offset + one.size * member.unit]
         used_U |= (columns.flatten(1) != 0).any(1).view(-1, member.unit).any(1)
     return used_U
+
+
+def kept_units(candidate: Candidate, one: Dimension, size: int) -> list[int]:
+    """Return the units that stay: those that a reader has columns for that are not all zero, and others to fill up."""
+    left_U = used_units(one, {reader: candidate.values(reader) for reader in one.readers})
+    kept = left_U.nonzero().flatten().tolist()
+    assert len(kept) <= size, f"{len(kept)} units of {one.name} are not zero, {size} may stay"
+    spare = (~left_U).nonzero().flatten().tolist()  # they did nothing before either
+    return sorted([*kept, *spare[: size - len(kept)]])
 
 
 def known_beforehand(one: Dimension, readers: Mapping[str, Reader]) -> bool:
