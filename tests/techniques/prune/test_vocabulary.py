@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from gossamer.errors import ModelError, RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
@@ -27,6 +35,7 @@ from gossamer.tasks import get_task
 from gossamer.techniques.base import Context, SearchSpace, resolved
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.vocabulary import Vocabulary
+from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import resolve
 
 TINY = runpy.run_path(str(Path(__file__).parent / "tiny_words.py"))
@@ -252,6 +261,29 @@ def test_it_is_proposed_where_rounding_does_not_reach(folders: dict[str, Path]) 
     whole = model.words.num_bytes + 4 * model.num_parameters
     assert 0.9 < bytes_of[left] / (0.24 * whole) < 1.1 < bytes_of[model] / (0.24 * whole)
     assert len(proposed({"params"}, params=0.8)) == 1
+
+
+def test_a_size_that_8_bits_do_not_reach_has_room_beside_blocks_in_4(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    config = BertConfig.from_pretrained(folder, intermediate_size=64)  # which groups of 32 divide
+    BertForSequenceClassification(config).save_pretrained(folder)
+    model, runtime = opened(folder, texts=CORPUS)[1], get_runtime("onnxruntime")
+    assert model.words is not None
+    space = SearchSpace(model, runtime, TASK, 24, frozenset({"size"}), {"size": 0.18})
+    ((step,),) = Vocabulary.candidates(space)
+    tokens = Quantize(targets=("embedding",))
+    whole = model.words.num_bytes + 4 * model.num_parameters
+
+    def share(blocks: Quantize) -> float:
+        decided, after = resolved(model, [step, blocks, tokens])
+        grids = {one.layer.name: one.weight for one in decided if one.weight is not None}
+        held = (runtime.stored_bytes(one.role, one.shape, grids.get(one.name), 4) for one in after.layers)
+        assert after.words is not None
+        return (after.words.num_bytes + sum(held)) / whole
+
+    assert share(Quantize(bits=8)) > 0.2
+    fine = Quantize(bits=4, symmetric=False, group_size=32)
+    assert share(fine) == pytest.approx(0.18, rel=0.1), "positions stay in 8 bits here"
 
 
 def test_a_later_cut_of_the_same_recipe_sees_the_smaller_model(folders: dict[str, Path]) -> None:
