@@ -56,3 +56,8 @@ class MeasureError(GossamerError):
 
 class RunError(GossamerError):
     """The run folder belongs to something else, is in use, or cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -199,6 +199,13 @@ def test_a_tracker_that_cannot_be_opened_is_one_of_our_errors(tmp_path: Path, mo
     assert "--track mlflow" in str(found.value.hint)
 
 
+def test_a_folder_that_cannot_be_written_is_one_of_our_errors(tmp_path: Path) -> None:
+    out = tmp_path / "build"
+    out.write_text("a file")
+    with pytest.raises(RunError, match="is in the way"), tracked(["tensorboard"], out, Silent()):
+        pass
+
+
 def test_two_runs_stand_side_by_side_in_one_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     told("mlflow", tmp_path)

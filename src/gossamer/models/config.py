@@ -12,7 +12,7 @@ import transformers
 from transformers import PretrainedConfig
 from transformers.utils import logging as chatter
 
-from gossamer.errors import ModelError
+from gossamer.errors import ModelError, first_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
@@ -76,8 +76,3 @@ def read_config(folder: Path, raw: Mapping[str, Any], trust_remote_code: bool) -
                          "mend the value that it names") from error  # fmt: skip
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, its class where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PretrainedConfig
 
-from gossamer.errors import ModelError
+from gossamer.errors import ModelError, first_line
 from gossamer.models import checkpoint
 from gossamer.models.beside import Beside, processor_class
-from gossamer.models.config import first_line, local_folder, quiet_transformers, read_config
+from gossamer.models.config import local_folder, quiet_transformers, read_config
 from gossamer.models.experts import take_apart
 from gossamer.models.lazy import load_buffers, without_values
 from gossamer.models.places import Place, find_places, reader

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gossamer.errors import RunError
+from gossamer.errors import RunError, first_line
+from gossamer.run.atomic import storage_errors
 from gossamer.run.progress import Progress
 from gossamer.run.team import num_processes
 
@@ -83,12 +84,14 @@ class Tracked:
 
     def open(self, name: str, folder: Path) -> None:
         """Begin to tell the named tracker, whose files go into `folder`. Raises RunError where it cannot be opened."""
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             self._trackers[name] = TRACKERS[name](folder.resolve())
         except Exception as error:  # whatever a library raises: a wrong address, no key, a database of another version
             raise RunError(
-                f"{name} could not be opened: {error}", f"see its environment variables, or leave out --track {name}"
+                f"{name} could not be opened: {first_line(error)}",
+                f"see its environment variables, or leave out --track {name}",
             ) from error
 
     def finish(self) -> None:
@@ -101,7 +104,7 @@ class Tracked:
                 told(tracker)
             except Exception as error:  # whatever a library or a network raises: what is measured here goes on
                 del self._trackers[name]
-                self.say(f"{name} is told nothing more: {error}")
+                self.say(f"{name} is told nothing more: {first_line(error)}")
 
 
 @contextmanager
