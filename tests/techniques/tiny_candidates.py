@@ -39,7 +39,7 @@ def opened(network: nn.Module, rows: int = 32, **more: Any) -> tuple[Candidate, 
     source = Source.open(network, forward=logits)
     candidate = Candidate(source=source, module=source.module(TASK))
     example = {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}
-    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), **more)
+    context = Context(task=TASK, example=batches[0].inputs, calibration=batches, **{"progress": Silent(), **more})
     return candidate, map_model(candidate.module, example, source.forward), context
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from gossamer.errors import RunError
 from gossamer.run.fingerprint import Json
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def started_rank() -> int:
 def assembled() -> Iterator[Team]:
     """Yield the team of the processes that were started together, connected; alone, a team of one.
 
-    After an error nobody waits for anybody: the process ends, and that ends the others.
+    After an error nobody waits for anybody: the process ends, and that ends the others. Raises RunError in these.
     """
     if num_processes() == 1:
         yield Team()
@@ -107,11 +108,36 @@ def assembled() -> Iterator[Team]:
     import torch.distributed as dist
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
-    if here == num_processes():  # all on this machine: its name need not lead anywhere
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    yield Team(dist.get_rank(), dist.get_world_size(), here)
+        _connect(alone_here=here == num_processes())
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size(), here)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise RunError(
+            "the connection to another process broke: it ended",
+            "it says why, unless it was killed; the same command goes on from what is finished",
+        ) from error
     if ours:
         dist.destroy_process_group()
+
+
+def _connect(*, alone_here: bool) -> None:
+    """Connect this process with the others; `alone_here` says that all are on this machine.
+
+    torchrun keeps one store over its restarts, with the addresses of processes that are gone: those of each start get
+    names of their own. (On many machines its counts differ, and it may have other stores.)
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    if alone_here:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # this machine's name need not lead anywhere
+        start = f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(start, store)  # type: ignore[attr-defined]  # public, in no __all__
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)

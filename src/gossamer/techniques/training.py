@@ -25,7 +25,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.run.fingerprint import hash_json
 from gossamer.tasks.base import Batch, Task, spread
 from gossamer.techniques.base import Context, Technique
-from gossamer.train.lesson import Lesson, Outcome, Plan
+from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
 
 MIN_ROWS = 64
@@ -68,10 +68,12 @@ class TrainingTechnique(Technique):
 
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
-        if context.team.size > 1:
+        rows_of_one(self.batch_size, context.team, self.name)
+        if torch.cuda.is_available() and context.team.local_size > torch.cuda.device_count():
             raise TechniqueError(
-                f"{self.name} trains in one process, and this recipe is carried out by {context.team.size}",
-                "run it without torchrun, or leave the step out",
+                f"{self.name} trains on one GPU each: {context.team.local_size} processes were started here, "
+                f"{torch.cuda.device_count()} GPUs are there",
+                "start as many processes as there are GPUs",
             )
         if candidate.weights is not None:
             raise TechniqueError(
@@ -102,7 +104,8 @@ class TrainingTechnique(Technique):
         """Return how long and how fast."""
         precision = self.precision
         if precision == "auto":
-            precision = "bf16" if multiplies_bf16() or torch.cuda.is_available() else "fp32"
+            faster = multiplies_bf16() or torch.cuda.is_available()
+            precision = "bf16" if context.team.everywhere(faster) else "fp32"
         return Plan(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -114,20 +117,32 @@ class TrainingTechnique(Technique):
         )
 
     def _learned(self, candidate: Candidate, context: Context, train: Training) -> tuple[Any, dict[str, Tensor]]:
-        """Return what `train(folder of its checkpoints)` found and the values; kept in the run folder, once done."""
+        """Return what `train(folder of its checkpoints)` found and the values; kept in the run folder, once done.
+
+        Of several processes the leader keeps it; what the others have is read from its file.
+        """
+        team = context.team
         inputs = {**context.identity, "applied": [*candidate.applied, self.entry()], "rows": context.training_print}
+        if context.run is None:
+            with TemporaryDirectory(prefix=f"gossamer-{self.name}-") as folder:
+                return train(Path(team.everywhere(folder)) / "checkpoints")
+        checkpoints = context.run.cache / f"{self.name}-{hash_json(inputs)[:12]}"
 
         def build(folder: Path) -> dict[str, Any]:
-            assert context.run is not None
-            found, values = train(context.run.cache / f"{self.name}-{hash_json(inputs)[:12]}")
+            team.everywhere(True)  # the others wait for this, and train too
+            found, values = train(checkpoints)
             save_file(values, folder / FILE)
             return found
 
-        if context.run is None:
-            with TemporaryDirectory(prefix=f"gossamer-{self.name}-") as folder:
-                return train(Path(folder) / "checkpoints")
-        step = context.run.step("trained", inputs, build)
-        return step.value, load_file(step.folder / FILE)
+        if team.leads:
+            step = context.run.step("trained", inputs, build)
+            team.everywhere(False)
+            told = team.everywhere({"folder": str(step.folder), "value": step.value})
+        else:
+            while team.everywhere():
+                train(checkpoints)
+            told = team.everywhere()
+        return told["value"], load_file(Path(told["folder"]) / FILE)
 
     def _told(self, outcome: Outcome, lesson: Lesson, context: Context, *, otherwise: str) -> dict[str, Any]:
         """Say what came of a training, and return it; `otherwise` is what is the case where it is not kept."""

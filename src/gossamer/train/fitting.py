@@ -18,6 +18,7 @@ from gossamer.errors import TechniqueError
 from gossamer.measure.machine import memory_bytes
 from gossamer.run.atomic import readable_bytes, write_text
 from gossamer.run.progress import Progress
+from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 
 SHARE_OF_FREE = 0.8
@@ -78,23 +79,30 @@ def fitting_rows(
     return found
 
 
-def free_bytes(*networks: nn.Module | None) -> int:
+def free_bytes(*networks: nn.Module | None, sharing: int = 1) -> int:
     """Return the bytes that are free where training takes place: on the GPU, or in main memory.
 
-    On a GPU these are what is left once the `networks`, which may lie in main memory still, were moved there.
+    On a GPU these are what is left once the `networks`, which may lie in main memory still, were moved there; main
+    memory is divided among `sharing` processes.
     """
     if not torch.cuda.is_available():
-        return memory_bytes()[1]
+        return memory_bytes()[1] // sharing
     held = {values for one in networks if one is not None for values in (*one.parameters(), *one.buffers())}
     return int(torch.cuda.mem_get_info()[0]) - sum(values.nbytes for values in held if values.device.type == "cpu")
 
 
-def remembered(folder: Path, find: Callable[[], int]) -> int:
-    """Return what was found when the training in `folder` began: a killed one goes on with the same parts."""
+def remembered(folder: Path, find: Callable[[], int], team: Team = ALONE) -> int:
+    """Return what was found when the training in `folder` began: a killed one goes on with the same parts.
+
+    Of several processes the one that can hold the least says how much, and the leader keeps it.
+    """
     path = folder / FILE
-    if path.exists():
-        return int(json.loads(path.read_text("utf-8"))["rows"])
-    found = find()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"rows": found}) + "\n")
-    return found
+    known = json.loads(path.read_text("utf-8"))["rows"] if team.leads and path.exists() else None
+    known = team.everywhere(known)
+    if known is not None:
+        return int(known)
+    found = min(team.gathered(find()))
+    if team.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"rows": found}) + "\n")
+    return int(found)

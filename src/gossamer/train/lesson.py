@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import TechniqueError
 from gossamer.models.attention import fused_attention
+from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
 from gossamer.train.objectives import Objective, Seen
 from gossamer.train.rows import parts_of
@@ -124,3 +126,17 @@ class Outcome:
     def better(self) -> bool:
         """Say whether the student is better than it was."""
         return self.after < self.before
+
+
+def rows_of_one(batch_size: int, team: Team, label: str) -> int:
+    """Return how many rows of a step each process has. Raises TechniqueError where they cannot be shared evenly.
+
+    >>> rows_of_one(16, Team(rank=0, size=4), "distill")
+    4
+    """
+    if batch_size % team.size:
+        raise TechniqueError(
+            f"{label}: a step of {batch_size} rows cannot be shared evenly by {team.size} processes",
+            f"set batch_size to a multiple of {team.size}, or start another number of processes",
+        )
+    return batch_size // team.size

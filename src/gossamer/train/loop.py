@@ -1,7 +1,9 @@
 """The one training loop: `transformers.Trainer`; its loss is a weighted sum of objectives, its model a candidate's.
 
-Precision, accumulation, checkpoints, resuming, early stopping, several processes come from transformers and Accelerate;
-here are the loss, the teacher that runs beside, and what keeps a run from ending worse than it began:
+Precision, accumulation, checkpoints, resuming, early stopping come from transformers and Accelerate, and so do several
+processes: each takes its rows of every step, and gradients are averaged (DistributedDataParallel). Steps have the same
+rows however many processes and parts they are cut into. Here are the loss, the teacher that runs beside, and what keeps
+a run from ending worse than it began:
 
 - what was not better on rows held back is not kept (the start counts as a checkpoint too);
 - weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
@@ -41,9 +43,10 @@ from transformers.trainer_callback import PrinterCallback
 from gossamer.errors import TechniqueError
 from gossamer.models.config import quiet_transformers
 from gossamer.run.progress import Progress
+from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
-from gossamer.train.lesson import Lesson, Outcome, Plan
+from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
 from gossamer.train.rows import Rows, collate
 
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
@@ -52,11 +55,12 @@ EVALUATIONS = 4  # an epoch at least
 JUDGED_AT_ONCE = 4  # rows
 
 
-def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label: str) -> Outcome:
+def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label: str, team: Team = ALONE) -> Outcome:
     """Train the student in place; where it did not become better on the rows held back, it is as it was.
 
-    Checkpoints lie in `folder` while it runs: the same call goes on from the last one. Raises TechniqueError when there
-    are no rows to learn from.
+    Checkpoints lie in `folder` while it runs: the same call goes on from the last one, in as many processes as there
+    are then. All processes of a team make this call and see that folder; all end with the same student. Raises
+    TechniqueError when there are no rows to learn from, or a step's rows cannot be shared evenly.
     """
     if not lesson.learned or not lesson.judged:
         raise TechniqueError(
@@ -65,26 +69,27 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
         )
     student = _Weights(lesson.student)
     watch = _Watch(progress, label)
-    with lesson.ready(), _trainable(lesson.student, plan), quiet_transformers(), _quiet_trainer():
+    with lesson.ready(), quiet_transformers(), _quiet_trainer():
         if plan.micro_batch is None:
-            plan = replace(
-                plan, micro_batch=remembered(folder, lambda: _fitting(lesson, plan, student, progress, label))
-            )
-        start = {name: values.detach().clone() for name, values in student.trained().items()}
-        trainer = _Trainer(lesson, student, _arguments(plan, len(lesson.learned), folder), watch, plan.patience)
-        before = float(trainer.evaluate()["eval_loss"])  # of the student as it came, whatever a checkpoint brings
-        watch.usual = before
-        trainer.train(resume_from_checkpoint=_last_whole(folder))
-        after = float(trainer.evaluate()["eval_loss"])
-        outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
-        if not outcome.better:
-            student.load_state_dict(start)
-    shutil.rmtree(folder, ignore_errors=True)
+            find = partial(_fitting, lesson, plan, student, progress, label, team)
+            plan = replace(plan, micro_batch=remembered(folder, find, team))
+        arguments = _arguments(plan, len(lesson.learned), folder, team)
+        with _moved(arguments.device, lesson.student, lesson.teacher), _trainable(lesson.student, plan):
+            start = {name: values.detach().clone() for name, values in student.trained().items()}
+            before = watch.usual = _judged(lesson, plan, arguments)  # as it came, whatever a checkpoint brings
+            trainer = _Trainer(lesson, student, arguments, watch, plan)
+            trainer.train(resume_from_checkpoint=team.everywhere(_last_whole(folder) if team.leads else None))
+            after = float(trainer.evaluate()["eval_loss"])
+            outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
+            if not outcome.better:
+                student.load_state_dict(start)
+    if team.leads:
+        shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, label: str) -> int:
-    """Return how many rows of a step fit at once."""
+def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, label: str, team: Team) -> int:
+    """Return how many rows of its share of a step fit at once into one process."""
     longest = sorted(lesson.learned, key=lambda row: -sum(values.size for values in row.inputs.values()))[:2]
 
     def run(rows: Sequence[Batch]) -> Tensor:
@@ -92,19 +97,42 @@ def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, 
             return lesson.loss(collate(rows))
 
     dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-    trained = sum(values.numel() for values in student.trained().values())
-    free = free_bytes(lesson.student, lesson.teacher) if plan.memory is None else plan.memory + COPIES * 4 * trained
-    return fitting_rows(plan.batch_size, longest, run, trained, free, progress, label)
+    with _trainable(lesson.student, plan):
+        trained = sum(values.numel() for values in student.trained().values())
+        free = free_bytes(lesson.student, lesson.teacher, sharing=team.local_size)
+        if plan.memory is not None:
+            free = plan.memory + COPIES * 4 * trained
+        return fitting_rows(plan.batch_size // team.size, longest, run, trained, free, progress, label)
 
 
-def judge(lesson: Lesson, plan: Plan) -> float:
-    """Return the loss of a student as it is on the rows held back."""
+def judge(lesson: Lesson, plan: Plan, team: Team = ALONE) -> float:
+    """Return the loss of a student as it is on the rows held back, the same in all processes."""
     folder = TemporaryDirectory(prefix="gossamer-judge-")
-    plan = replace(plan, micro_batch=plan.micro_batch or min(plan.batch_size, JUDGED_AT_ONCE))
+    plan = replace(plan, micro_batch=plan.micro_batch or JUDGED_AT_ONCE)
     with folder, lesson.ready(), quiet_transformers(), _quiet_trainer():
-        arguments = _arguments(plan, len(lesson.learned), Path(folder.name))
-        trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan.patience)
-        return float(trainer.evaluate()["eval_loss"])
+        arguments = _arguments(plan, len(lesson.learned), Path(folder.name), team)
+        with _moved(arguments.device, lesson.student, lesson.teacher):
+            return _judged(lesson, plan, arguments)
+
+
+def _judged(lesson: Lesson, plan: Plan, arguments: TrainingArguments) -> float:
+    """Return the loss on the rows held back, by a Trainer of its own: one that has judged does not wrap for DDP."""
+    trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan)
+    return float(trainer.evaluate()["eval_loss"])
+
+
+@contextmanager
+def _moved(device: torch.device, *networks: nn.Module | None) -> Iterator[None]:
+    """Have networks where they are trained while the `with` lasts, in main memory behind it."""
+    for network in networks:
+        if network is not None:
+            network.to(device)
+    try:
+        yield
+    finally:
+        for network in networks:
+            if network is not None:
+                network.to("cpu")
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -120,9 +148,10 @@ def _last_whole(folder: Path) -> str | None:
     return None
 
 
-def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
-    micro = min(plan.micro_batch or plan.batch_size, plan.batch_size)
-    accumulated = max(1, plan.batch_size // micro)
+def _arguments(plan: Plan, num_rows: int, folder: Path, team: Team) -> TrainingArguments:
+    share = rows_of_one(plan.batch_size, team, "a training")
+    micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= (plan.micro_batch or share))
+    on_cpu = not torch.cuda.is_available()
     steps = math.ceil(num_rows / plan.batch_size)
     every = max(1, math.ceil(steps / EVALUATIONS))
     return TrainingArguments(
@@ -130,7 +159,7 @@ def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
         num_train_epochs=plan.epochs,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=accumulated,
+        gradient_accumulation_steps=share // micro,
         learning_rate=plan.rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(plan.warmup * steps * plan.epochs),
@@ -138,7 +167,9 @@ def _arguments(plan: Plan, num_rows: int, folder: Path) -> TrainingArguments:
         adam_epsilon=plan.smallest_root,
         bf16=plan.precision == "bf16",
         fp16=plan.precision == "fp16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and team.size > 1 else None,
+        ddp_broadcast_buffers=False,  # no pass changes one
         seed=plan.seed,
         eval_strategy="steps",
         eval_steps=every,
@@ -192,15 +223,15 @@ class _Trainer(Trainer):
     """Train on a lesson's loss."""
 
     def __init__(
-        self, lesson: Lesson, student: nn.Module, arguments: TrainingArguments, watch: TrainerCallback, patience: int
+        self, lesson: Lesson, student: nn.Module, arguments: TrainingArguments, watch: TrainerCallback, plan: Plan
     ) -> None:
         super().__init__(
             model=student,
             args=arguments,
-            train_dataset=Rows(lesson.learned),
+            train_dataset=Rows(lesson.learned, plan.batch_size),
             eval_dataset=Rows(lesson.judged),
             data_collator=collate,
-            callbacks=[EarlyStoppingCallback(patience), watch],
+            callbacks=[EarlyStoppingCallback(plan.patience), watch],
         )
         self.remove_callback(PrinterCallback)
         self.lesson = lesson

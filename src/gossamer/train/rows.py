@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +18,23 @@ MASK, DECODER = "attention_mask", "decoder_input_ids"
 
 
 class Rows(Dataset[Batch]):
-    """Hold batches of one row each, as `Task.batches` gives them."""
+    """Hold batches of one row each, as `Task.batches` gives them; the last step is filled with the first of them again.
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    >>> len(Rows([row_0, row_1, row_2], 2))  # doctest: +SKIP
+    4
+    """
+
+    def __init__(self, batches: Sequence[Batch], step: int = 1) -> None:
         self.batches = batches
+        self.length = math.ceil(len(batches) / step) * step
 
     def __len__(self) -> int:
-        """Return how many rows there are."""
-        return len(self.batches)
+        """Return how many rows an epoch has: whole steps, so that each is the same however it is cut into parts."""
+        return self.length
 
     def __getitem__(self, index: int) -> Batch:
         """Return one row."""
-        return self.batches[index]
+        return self.batches[index % len(self.batches)]
 
 
 def collate(rows: Sequence[Batch]) -> dict[str, Any]:

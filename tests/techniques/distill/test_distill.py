@@ -166,10 +166,10 @@ def test_rows_without_labels_teach_by_the_original_alone() -> None:
         Distill.model_validate({**SHORT, "labels": 1, "logits": 0, "hidden": 0}).apply(candidate, model, context)
 
 
-def test_many_processes_are_refused() -> None:
+def test_a_step_that_processes_cannot_share_is_refused() -> None:
     candidate, model, context = pruned()
-    context = dataclasses.replace(context, team=Team(rank=0, size=2, local_size=2))
-    with pytest.raises(TechniqueError, match="trains in one process, and this recipe is carried out by 2"):
+    context = dataclasses.replace(context, team=Team(rank=0, size=3, local_size=3))
+    with pytest.raises(TechniqueError, match="a step of 8 rows cannot be shared evenly by 3 processes"):
         Distill.model_validate(SHORT).apply(candidate, model, context)
 
 

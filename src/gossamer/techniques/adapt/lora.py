@@ -134,7 +134,7 @@ class Lora(ThinLayers, TrainingTechnique):
         with put as layers:
             only = frozenset(name for name, part in candidate.module.named_parameters() if part.requires_grad)
             plan = replace(self._plan(context), only=only)
-            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name)
+            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
             values = {}
             for name, layer in layers.items():
                 adapter = read_adapter(layer)
@@ -181,7 +181,7 @@ class Lora(ThinLayers, TrainingTechnique):
         """Return the loss on the rows held back."""
         from gossamer.train.loop import judge
 
-        return judge(self._lesson(candidate, context), self._plan(context))
+        return judge(self._lesson(candidate, context), self._plan(context), context.team)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

@@ -67,7 +67,7 @@ class Distill(TrainingTechnique):
         from gossamer.train.loop import train  # transformers' Trainer takes seconds to import
 
         lesson = self._lesson(candidate, context)
-        outcome = train(lesson, self._plan(context), checkpoints, context.progress, label=self.name)
+        outcome = train(lesson, self._plan(context), checkpoints, context.progress, label=self.name, team=context.team)
         return self._told(outcome, lesson, context, otherwise="the weights stay as they were"), _values(
             candidate.module
         )

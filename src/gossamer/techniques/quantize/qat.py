@@ -103,7 +103,7 @@ class Qat(TrainingTechnique):
             trained = {id(part) for position, grid in held.values() for part in (position, grid.factor_OG)}
             only = frozenset(name for name, part in network.named_parameters() if id(part) in trained)
             plan = replace(self._plan(context), only=only, smallest_root=SMALLEST_ROOT)
-            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name)
+            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
             codes = {name: grid.rounded(position) for name, (position, grid) in held.items()}
         moved = sum(int((now.codes != start[name].codes).sum()) for name, now in codes.items())
         share = moved / sum(now.codes.numel() for now in codes.values())

@@ -1,0 +1,62 @@
+"""Two processes train as one does: the same steps, the same losses, the same weights in both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gossamer
+from gossamer.errors import TechniqueError
+from gossamer.run.team import Team
+from gossamer.train.lesson import rows_of_one
+
+SCRIPT = Path(__file__).parent / "train_together.py"
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "micro_batch": 2, "precision": "fp32"}
+PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": False}]
+ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
+
+
+def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, Any]]:
+    """Return what each process found."""
+    folder.mkdir()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    ran = subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), str(folder), json.dumps(recipe)],
+        env={**os.environ, "PYTHONPATH": str(Path(gossamer.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(processes)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
+        [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
+    ],
+    ids=lambda recipe: recipe[-1][0],
+)
+def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
+    (alone,) = trained(tmp_path / "alone", recipe, 1)
+    first, second = trained(tmp_path / "both", recipe, 2)
+    assert len(alone["losses"]) > 12
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-4)
+    assert first["losses"] == second["losses"]
+    assert first["weights"] == second["weights"]
+    for name, weights in alone["weights"].items():
+        np.testing.assert_allclose(first["weights"][name], weights, atol=2e-4, err_msg=name)
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused_with_both_numbers() -> None:
+    assert rows_of_one(16, Team(rank=1, size=4), "distill") == 4
+    with pytest.raises(TechniqueError, match=r"a step of 16 rows cannot be shared evenly by 3 processes"):
+        rows_of_one(16, Team(rank=0, size=3), "distill")

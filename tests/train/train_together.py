@@ -1,0 +1,58 @@
+"""Carry out a recipe that trains on a tiny language model, in as many processes as torchrun started.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 train_together.py FOLDER RECIPE(json)
+
+Each process writes FOLDER/<rank>.json: the losses that were told, and the weights that it ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.run.team import assembled
+from gossamer.run.workspace import Onlooker, Run
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "techniques" / "tiny_candidates.py"))
+
+
+class Told:
+    """Keep what a training tells."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        """Keep a line."""
+        self.said.append(message)
+
+    def record(self, series: str, step: int, values: Mapping[str, float]) -> None:
+        """Keep a loss."""
+        self.losses += [value for name, value in values.items() if name.endswith("loss")]
+
+    def stage(self, label: str, total: float | None = None) -> Any:
+        """Return a bar that nobody sees."""
+        return nullcontext(lambda units: None)
+
+
+def main(folder: Path, recipe: list[tuple[str, dict[str, Any]]]) -> None:
+    """Carry out the recipe."""
+    torch.set_num_threads(1)
+    told = Told()
+    with assembled() as team, Run(folder / "run", {}) if team.leads else nullcontext(Onlooker(folder / "run")) as run:
+        candidate = TINY["made"](TINY["llama"](2), recipe, progress=told, team=team, run=run)
+        weights = {name: values.flatten().tolist() for name, values in candidate.module.state_dict().items()}
+        found = {"losses": told.losses, "said": told.said, "weights": weights}
+        (folder / f"{team.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
