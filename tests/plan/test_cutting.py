@@ -21,12 +21,13 @@ from gossamer.models.roles import Dimension
 from gossamer.plan import block_times as timing
 from gossamer.plan import proposed_cuts
 from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks
+from gossamer.plan.candidates import recipes
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
 from gossamer.plan.flow import make_tables
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections
+from gossamer.plan.predict import Corrections, Tables, predicted_bytes
 from gossamer.plan.prepare import Inputs, opened_job, prepare
-from gossamer.plan.proposed_cuts import SolvedCuts
+from gossamer.plan.proposed_cuts import SolvedCuts, cuts_solved_for
 from gossamer.plan.settled import settled
 from gossamer.plan.specimens import Workshop, block_kinds
 from gossamer.recipe import Recipe
@@ -35,6 +36,7 @@ from gossamer.runtimes import get_runtime
 from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.until import PruneUntil
+from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import resolve
 
 
@@ -200,12 +202,10 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job, monkeypat
     tables, _ = make_tables(graph_job, goal)
     space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
                         wanted=frozenset(("params",)))  # fmt: skip
-    shares = list(Prune.candidates(space))
-    cuts = SolvedCuts(graph_job, goal, tables, space, shares)
-    assert cuts.without == [
-        steps for steps in shares if all(isinstance(s, Prune) and s.what == "layers" for s in steps)
-    ]
-    assert cuts.without
+    whole = recipes(space, lambda step: not cuts_solved_for(step))
+    assert (Prune(what="layers", to="50%"),) in whole
+    assert not any(isinstance(step, Prune) and step.what != "layers" for steps in whole for step in steps)
+    cuts = SolvedCuts(graph_job, goal, tables, space, whole)
     _, solved = cuts.more(tables)
     assert cuts.more(tables)[1] == []
     assert solved
@@ -224,10 +224,28 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job, monkeypat
     )  # fmt: skip
     goal, space = parse_goal(f"latency <= {100 * 0.75 * share:.4f}%"), replace(space, wanted=frozenset(("latency",)))
     monkeypatch.setattr(proposed_cuts, "tables_of_blocks", lambda *_: (table,))
-    cuts = SolvedCuts(graph_job, goal, tables, space, shares)
+    cuts = SolvedCuts(graph_job, goal, tables, space, whole)
     first = cuts.more(tables)[1][0]  # the gentler of two margins
     assert cuts.again(first, Corrections()) == []
     again = cuts.again(first, Corrections(latency={"": log(1.15)}))
     assert again
     assert resolved(graph_job.model, again[0])[1].num_parameters < resolved(graph_job.model, first)[1].num_parameters
     assert cuts.again((Prune(what="layers", remove=1),), Corrections(latency={"": log(1.15)})) == []
+    _check_that_sizes_are_solved_for_bytes(graph_job, tables)
+
+
+def _check_that_sizes_are_solved_for_bytes(job: Job, tables: Tables) -> None:
+    """The bytes are those that a recipe leaves, in its own format."""
+    int8 = Quantize.model_validate({"bits": 8, "activations": "dynamic"})
+    space = SearchSpace(model=job.model, runtime=job.runtime, task=job.task, calibration_rows=64,
+                        wanted=frozenset(("size", "latency")))  # fmt: skip
+    rounded = predicted_bytes(tables, *resolved(job.model, [int8]))
+    asked = 0.9 * rounded
+    assert asked < 0.7 * predicted_bytes(tables, [], job.model)
+    cuts = SolvedCuts(job, parse_goal(f"size <= {asked:.0f}B, latency <= 90%"), tables, space, [(int8,)])
+    solved = [steps for steps in cuts.more(tables)[1] if int8 in steps]
+    sizes = [predicted_bytes(tables, *resolved(job.model, steps)) for steps in solved]
+    assert len(sizes) == 2
+    assert max(sizes) <= 0.99 * asked < rounded
+    assert min(sizes) <= 0.94 * asked
+    assert max(sizes) > 0.9 * asked  # no more is cut than has to be

@@ -18,13 +18,14 @@ from gossamer import api
 from gossamer.errors import DataError, RecipeError
 from gossamer.measure.size import shipped_bytes
 from gossamer.models.source import Source
+from gossamer.plan.candidates import joined
 from gossamer.plan.forecast import artifact_bytes
 from gossamer.plan.job import Job
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.proof import apply_steps, artifact_inputs, as_served, build_artifact
 from gossamer.run.workspace import Run
 from gossamer.runtimes.manifest import artifact_files
-from gossamer.techniques.base import resolved
+from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.vocabulary import Vocabulary
 from gossamer.techniques.quantize.quantize import Quantize
@@ -59,6 +60,14 @@ def job(texts: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator
     prepared = prepare(inputs)
     with Run(tmp_path / "run", {"a": "test"}) as run, opened_job(inputs, prepared, run) as opened:
         yield opened
+
+
+def test_a_cut_goes_where_the_order_of_steps_allows_it(job: Job) -> None:
+    space = SearchSpace(job.model, job.runtime, job.task, 24)
+    tokens, cut, rounded = STEPS
+    assert joined((cut,), (tokens, rounded), space) == STEPS
+    assert joined((cut,), (rounded,), space) == (cut, rounded)
+    assert joined((tokens,), (tokens, rounded), space) is None
 
 
 def test_later_steps_and_the_proof_read_rows_with_the_tokenizer_that_ships(job: Job) -> None:

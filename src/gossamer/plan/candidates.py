@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 
 from gossamer.errors import RecipeError, TechniqueError
@@ -15,14 +15,14 @@ Steps = tuple[Technique, ...]
 MAX_RECIPES = 2000  # a bound on what is predicted, not on what is tried: predicting one costs microseconds
 
 
-def recipes(space: SearchSpace) -> list[Steps]:
+def recipes(space: SearchSpace, wanted: Callable[[Technique], bool] = lambda _: True) -> list[Steps]:
     """Return every recipe that the techniques propose for this model and runtime, in a stable order.
 
     Runs of different techniques are combined in the order that their needs declare; combinations that exclude each
-    other, or that round one parameter twice, are left out.
+    other, or that round one parameter twice, are left out, and so are runs with a step that is not `wanted`.
     """
     proposals = {
-        name: [(run, _rounded(run, space.model)) for run in technique.candidates(space)]
+        name: [(run, _rounded(run, space.model)) for run in technique.candidates(space) if all(map(wanted, run))]
         for name, technique in techniques().items()
     }
     names = [name for name, runs in proposals.items() if runs]
@@ -62,9 +62,18 @@ def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:
 
 
 def joined(first: Steps, then: Steps, space: SearchSpace) -> Steps | None:
-    """Return two runs of steps as one recipe, None where their order or what the first leaves does not allow it."""
-    steps = _ordered([first, then])
-    return steps if steps is not None and _fit(steps, space) else None
+    """Return two runs of steps as one recipe: the first before the other, or as soon as the order of steps allows it.
+
+    None where it never does, or where a step does not fit what those before it leave.
+    """
+    for place in range(len(then) + 1):
+        steps = (*then[:place], *first, *then[place:])
+        try:
+            resolve(recipe_of(steps))
+        except RecipeError:
+            continue
+        return steps if _fit(steps, space) else None
+    return None
 
 
 def _rounded(steps: Sequence[Technique], model: ModelMap) -> frozenset[str]:

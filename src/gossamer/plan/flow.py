@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from gossamer.plan.predict import Tables
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
-from gossamer.plan.proposed_cuts import SolvedCuts
+from gossamer.plan.proposed_cuts import SolvedCuts, cuts_solved_for
 from gossamer.plan.ranking import time_budget, upper_bounds
 from gossamer.plan.rates import measured_rates
 from gossamer.plan.records import Forecast, Original, Prediction, Provenance, RunResult
@@ -236,7 +237,8 @@ def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> tu
     def held(steps: Steps) -> bool:  # what a technique proposes fits layer by layer; experts are held together
         return not job.model.experts or refused_by(job.runtime, job.model, steps) is None
 
-    cuts = SolvedCuts(job, goal, tables, space, recipes(space), held)
+    others = recipes(space, lambda step: not cuts_solved_for(step))
+    cuts = SolvedCuts(job, goal, tables, space, others, partial(recipes, space), held)
     found = [*cuts.without, *mixed_recipes(job, goal, tables, space)]
     return list(filter(held, found)), cuts
 

@@ -1,11 +1,11 @@
 """Cuts that are solved for a goal: what the planner proposes in place of fixed shares, alone and with steps that round.
 
 They are asked for where no recipe that leaves the shapes alone is likely to do. How much has to be saved depends on
-what else a recipe does: with int8 less time is left to take off. For every recipe that cuts nothing and whose blocks
-were timed in its format, the sizes are solved for that meet the goal's bound on what is predicted, and those that are a
-little faster than asked, since predictions miss. A goal without a bound (the least latency) gets a few shares of the
-blocks' time. Once a recipe with such cuts was measured and took another time than predicted, its sizes are solved again
-for what was seen.
+what else a recipe does: with int8 less time is left to take off, and fewer bytes. For every recipe that cuts nothing in
+the blocks, the sizes are solved for that meet the goal's bounds on what is predicted (on times, where its blocks were
+timed in its format, and on bytes), and those that go a little further than asked, since predictions miss. A goal
+without a bound (the least latency) gets a few shares of the blocks' time. Once a recipe with such cuts was measured and
+took another time than predicted, its sizes are solved again for what was seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.goal import Constraint, Goal
+from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Dimension
 from gossamer.plan.block_times import BlockTimes, block_format, block_times, formats_of
 from gossamer.plan.candidates import Steps, joined
@@ -30,15 +31,16 @@ from gossamer.plan.cutting import (
     seconds_by_size,
 )
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, format_key, predicted_latency
+from gossamer.plan.predict import Corrections, Tables, format_key, predicted_bytes, predicted_latency
 from gossamer.plan.specimens import layers_of
 from gossamer.techniques.base import Decision, SearchSpace, Technique, resolved
 from gossamer.techniques.prune.prune import LESS_WORK, Prune
 from gossamer.techniques.quantize.quantize import Quantize
 
-TIMED, COUNTED = frozenset(("latency", "throughput")), frozenset(("params", "flops"))
+TIMED, COUNTED, BYTES = frozenset(("latency", "throughput")), frozenset(("params", "flops")), "bytes"
 SOLVED = frozenset(("heads", "ffn"))
 MARGINS = (0.94, 0.85)  # of the bound: what is solved for
+BYTE_MARGINS = (0.99, 0.94)  # the same, where it is counted but for headers and nodes
 SHARES = (0.75, 0.5, 0.35)  # of the blocks' time, where the goal has no bound
 AS_PREDICTED = 0.03  # in logarithms: what predictions of a measured kind miss anyway
 LEAST_ROWS = 4 * Prune.needs.calibration_rows
@@ -55,8 +57,9 @@ def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
 class SolvedCuts:
     """Propose cuts that are solved for a goal; again, where measuring has shown that predicted times are wrong.
 
-    Of the recipes `found`, `without` are those that do not cut what can be solved for: they are looked at first, since
-    timing blocks at every size takes a minute or two. `held` says whether the runtime can hold a recipe.
+    `without` are the recipes that do not cut what can be solved for: they are looked at first, since timing blocks at
+    every size takes a minute or two. `shares` gives those that cut by fixed shares, for blocks that are not understood
+    (so many that they are not made beforehand). `held` says whether the runtime can hold a recipe.
     """
 
     def __init__(
@@ -65,18 +68,18 @@ class SolvedCuts:
         goal: Goal,
         tables: Tables,
         space: SearchSpace,
-        found: Sequence[Steps],
+        without: Sequence[Steps],
+        shares: Callable[[], Sequence[Steps]] = tuple,
         held: Callable[[Steps], bool] = lambda _: True,
     ) -> None:
         self._held = held
+        self._shares = shares
         self.job = job
         self.goal = goal
         self.space = space
         self.tables = tables
-        asked = bool(space.wanted & LESS_WORK) and space.calibration_rows >= LEAST_ROWS
-        self._shares = [steps for steps in found if asked and any(_cuts(step) for step in steps)]
-        self._waits = asked
-        self.without = [steps for steps in found if steps not in self._shares]
+        self._waits = bool(space.wanted & LESS_WORK) and space.calibration_rows >= LEAST_ROWS
+        self.without = without
         self._solver: _Solver | None = None
 
     def more(self, tables: Tables) -> tuple[Tables, list[Steps]]:
@@ -90,24 +93,27 @@ class SolvedCuts:
         self.tables = tables = replace(tables, blocks=tables_of_blocks(self.job, self.space))
         choices = cutting(self.job)
         if choices is None:
-            return tables, list(filter(self._held, self._shares))
+            return tables, self._cut_by_shares()
         self._solver = _Solver(self.goal, tables, choices)
         solved = dict[Steps, None]()
         for steps in ((), *(one for one in self.without if not any(isinstance(step, Prune) for step in one))):
             solved |= dict.fromkeys(self._joined(steps))
-        return tables, list(solved) or list(filter(self._held, self._shares))
+        return tables, list(solved) or self._cut_by_shares()
+
+    def _cut_by_shares(self) -> list[Steps]:
+        return [steps for steps in self._shares() if any(map(cuts_solved_for, steps)) and self._held(steps)]
 
     def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
         """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.
 
         Where it took longer than predicted more is cut, where it took less, less.
         """
-        if self._solver is None or not any(_cuts(step) for step in steps):
+        if self._solver is None or not any(cuts_solved_for(step) for step in steps):
             return []
         slower = corrections.of(format_key(resolved(self.tables.model, steps)[0]))
         if abs(slower) < AS_PREDICTED:
             return []
-        rest = tuple(step for step in steps if not _cuts(step) and step.divergence_left == 1)
+        rest = tuple(step for step in steps if not cuts_solved_for(step) and step.divergence_left == 1)
         return list(dict.fromkeys(self._joined(rest, exp(slower))))
 
     def _joined(self, steps: Steps, slower: float = 1.0) -> list[Steps]:
@@ -117,7 +123,7 @@ class SolvedCuts:
         return [one for one in together if one is not None and self._held(one)]
 
 
-def _cuts(step: Technique) -> bool:
+def cuts_solved_for(step: Technique) -> bool:
     """Say whether a step cuts what is solved for."""
     return isinstance(step, Prune) and step.what in SOLVED
 
@@ -139,9 +145,7 @@ class _Solver:
         """
         for quantity, needed in self._needed(steps, slower):
             if quantity not in self.saved:
-                counted = quantity in COUNTED
-                of = counted_by_size(self.tables.model, quantity) if counted else self._seconds(quantity)
-                self.saved[quantity] = self.choices.saved(of)
+                self.saved[quantity] = self.choices.saved(self._by_size(quantity, steps))
             saved = self.saved[quantity]
             key = quantity, round(100 * needed / max(1, int(saved.max(axis=1).sum())))
             if key not in self.known:
@@ -150,11 +154,16 @@ class _Solver:
             if self.known[key]:
                 yield self.known[key]
 
-    def _seconds(self, label: str) -> Callable[[Dimension, int], float]:
-        return seconds_by_size(self.tables.blocks, label)
+    def _by_size(self, quantity: str, steps: Steps) -> Callable[[Dimension, int], float]:
+        """Return what there is of a quantity (a count, bytes, or a format's time) at each size of a dimension."""
+        if quantity in COUNTED:
+            return counted_by_size(self.tables.model, quantity)
+        if quantity.startswith(BYTES):
+            return bytes_by_size(self.tables, steps)
+        return seconds_by_size(self.tables.blocks, quantity)
 
     def _needed(self, steps: Steps, slower: float) -> Iterator[tuple[str, float]]:
-        """Yield a format or what is counted, and how much has to be saved: billionths of a second, or a count."""
+        """Yield a format or what is counted, and what has to be saved: billionths of a second, bytes, or a count."""
         decisions, after = resolved(self.tables.model, steps)
         label = None if any(one.dtype for one in decisions) else common_format(self.tables, decisions)
         seconds = predicted_latency(self.tables, decisions, after)
@@ -166,11 +175,35 @@ class _Solver:
                 model = self.tables.model
                 whole = model.num_parameters if bound.quantity == "params" else 2 * model.macs
                 yield bound.quantity, whole - (bound.bound * whole if bound.relative else bound.bound)
+            elif bound.quantity == "size":
+                allowed = bound.bound * (self.tables.original.size_bytes if bound.relative else 1)
+                held = predicted_bytes(self.tables, decisions, after)
+                key = f"{BYTES} {self._held(decisions)}"
+                yield from ((key, held - margin * allowed) for margin in BYTE_MARGINS)
         bounded = any(one.quantity in TIMED for one in self.goal.constraints)
         objective = self.goal.objective.quantity if self.goal.objective is not None else None
         if objective in TIMED and label is not None and not bounded:
             blocks = sum(len(one.blocks) * one.seconds for one in self.tables.blocks if one.format == label)
             yield from ((label, (1 - share) * blocks / UNIT_SECONDS) for share in SHARES)
+
+    def _held(self, decisions: Sequence[Decision]) -> str:
+        """Return how a recipe holds what can be cut: recipes that agree in it save the same bytes."""
+        readers = {member.parameter for c in self.choices.choices for one in c.dimensions for member in one.members}
+        found = [f"{one.parameter} {one.weight}" for one in decisions if one.parameter in readers and one.weight]
+        return f"{' '.join(sorted(found))} {' '.join(one.dtype for one in decisions if one.dtype)}"
+
+
+def bytes_by_size(tables: Tables, steps: Steps) -> Callable[[Dimension, int], float]:
+    """Return what the files of a recipe take when one dimension is cut besides."""
+    decisions, model = resolved(tables.model, steps)
+    whole = predicted_bytes(tables, decisions, model)
+
+    def of(one: Dimension, size: int) -> float:
+        if size == one.size:
+            return whole
+        return predicted_bytes(tables, decisions, reduced_map(model, {one: size}))
+
+    return of
 
 
 def allowed_seconds(bound: Constraint, tables: Tables) -> float:

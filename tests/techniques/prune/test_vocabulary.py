@@ -285,6 +285,18 @@ def test_a_size_that_8_bits_do_not_reach_has_room_beside_blocks_in_4(folders: di
     fine = Quantize(bits=4, symmetric=False, group_size=32)
     assert share(fine) == pytest.approx(0.18, rel=0.1), "positions stay in 8 bits here"
 
+    # less time is asked for too: of blocks in 8 bits, a half or less leaves room for some
+    faster = [steps[0] for steps in Vocabulary.candidates(replace(space, wanted=frozenset({"size", "latency"})))]
+    assert step in faster
+    assert len(faster) > 1
+    step = faster[-1]
+    half = Prune(what="ffn", to="25%", by="magnitude"), Prune(what="heads", to="50%", by="magnitude")
+    decided, after = resolved(model, [step, *half, Quantize(bits=8), tokens])
+    grids = {one.layer.name: one.weight for one in decided if one.weight is not None}
+    held = sum(runtime.stored_bytes(one.role, one.shape, grids.get(one.name), 4) for one in after.layers)
+    assert after.words is not None
+    assert after.words.num_bytes + held < 0.2 * whole
+
 
 def test_a_later_cut_of_the_same_recipe_sees_the_smaller_model(folders: dict[str, Path]) -> None:
     _, model, _ = opened(folders["bert"])

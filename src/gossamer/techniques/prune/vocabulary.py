@@ -33,6 +33,7 @@ from gossamer.models.tokenizer_files import renumbered
 from gossamer.models.words import Words
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.techniques.prune.prune import LESS_WORK
 from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.prune.uneven import checked_size, units_left
 from gossamer.techniques.quantize.layers import num_inputs
@@ -41,7 +42,9 @@ MIN_SHARE = 0.1  # of all parameters: where tokens take less, cutting them gains
 SLACK = 0.002  # of the bound: headers and a graph's own bytes are not counted
 FLOAT_BYTES = 4
 EIGHT = QuantSpec(bits=8)
-ROUNDED = ((None, None), (EIGHT, EIGHT), (QuantSpec(bits=4, symmetric=False, group_size=32), EIGHT))  # blocks, tokens
+FOUR = QuantSpec(bits=4, symmetric=False, group_size=32)
+ROUNDED = ((None, None, 1.0), (EIGHT, EIGHT, 1.0), (FOUR, EIGHT, 1.0))  # blocks, tokens, what is left of the blocks
+CUT = ((EIGHT, EIGHT, 0.5), (EIGHT, EIGHT, 0.3))  # the same where blocks have to be cut too
 ROUNDING = 1e-4  # of the largest output: the cut model may differ so much on tokens that stay
 
 
@@ -153,8 +156,8 @@ class Vocabulary(Technique):
         """Yield as many tokens as a goal leaves room for where rounding alone does not meet it.
 
         Eight bits are what rounding reaches at next to no loss; a goal that they meet needs no other tokens. Else there
-        is room for some with all weights as they are, for more with all of them in 8 bits, and for most with the blocks
-        in 4 bits. A model without its words takes as much as it takes: a smaller goal asks for smaller blocks too.
+        is room for some with all weights as they are, for more with all of them in 8 bits, for most with the blocks in
+        4 bits. Where a goal asks for less work too, and blocks in 8 bits leave no room, a half of them does, or less.
         """
         try:
             sizes = sorted(_room(space), reverse=True)
@@ -201,13 +204,16 @@ def _room(space: SearchSpace) -> set[int]:
         return set()
     if not space.bounds.keys() & {"size", "params"}:
         return {one.size}  # the fewer the better
-    beside, share = words_of(space.model).num_bytes, space.bounds.get("size", 1.0) - SLACK
+    words, share = words_of(space.model), space.bounds.get("size", 1.0) - SLACK
+    beside = words.num_bytes
     others = [layer for layer in layers if layer.name not in names]
     allowed = share * (beside + _bytes(space, layers, None))
     room: list[int] = []
-    for blocks, tokens in ROUNDED:
+    for blocks, tokens, left in (*ROUNDED, *(CUT if space.wanted & LESS_WORK else ())):
+        if left < 1 and room[1] > len(words.held):
+            break  # in 8 bits the blocks fit whole
         for_tokens = beside + _bytes(space, cut, tokens)
-        found = int(one.size * (allowed - _bytes(space, others, blocks)) / for_tokens)
+        found = int(one.size * (allowed - left * _bytes(space, others, blocks)) / for_tokens)
         room.append(max([found, 0, *room[-1:]]))  # layers that no group divides are no smaller in 4 bits
     most = int(one.size * (1 - (1 - space.bounds.get("params", 1.0)) * total / inside))
     sizes = {min(most, size) for size in ([one.size] if room[1] >= one.size else room)}
