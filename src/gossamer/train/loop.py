@@ -229,7 +229,7 @@ class _Trainer(Trainer):
             model=student,
             args=arguments,
             train_dataset=Rows(lesson.learned, plan.batch_size),
-            eval_dataset=Rows(lesson.judged),
+            eval_dataset=Rows(lesson.judged, plan.batch_size),  # whole parts: no process judges others
             data_collator=collate,
             callbacks=[EarlyStoppingCallback(plan.patience), watch],
         )
