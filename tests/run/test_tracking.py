@@ -84,7 +84,7 @@ def wandb_rows(file: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
         if record.HasField("history"):
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             rows.append({name: json.loads(value) for name, value in items.items()})
-        for update in record.config.update if record.HasField("config") else ():
+        for update in (*record.config.update, *record.run.config.update):  # with the run itself, where it began late
             if not update.key.startswith("_"):
                 settings[update.key] = json.loads(update.value_json)
     return rows, settings
