@@ -53,7 +53,8 @@ def trimmed_tokenizer(vocabulary: Vocabulary, kept: Sequence[int]) -> dict[str, 
         for name in ("sep", "cls"):
             if name in rule:
                 rule[name] = [rule[name][0], new[rule[name][1]]]
-    _check_numbers(found, {(vocabulary.added | vocabulary.words)[old]: number for old, number in new.items()})
+    names = vocabulary.added | vocabulary.words
+    _check_numbers(found, {names[old]: number for old, number in new.items()})
     return found
 
 

@@ -12,7 +12,7 @@ from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.registry import recipe_of, resolve, techniques
 
 Steps = tuple[Technique, ...]
-MAX_RECIPES = 2000  # a bound on what is predicted, not on what is tried: predicting one costs microseconds
+MAX_RECIPES = 5000  # a bound on what is predicted, not on what is tried: predicting one costs some milliseconds
 
 
 def recipes(space: SearchSpace, wanted: Callable[[Technique], bool] = lambda _: True) -> list[Steps]:

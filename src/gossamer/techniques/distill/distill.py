@@ -1,16 +1,19 @@
 """The technique `distill`: the candidate learns from the original, on the user's own rows, what earlier steps lost.
 
-All weights but embeddings are trained. The original is run beside the candidate, so no label is needed.
+All weights but embeddings are trained; these too where tokens were cut before: a word whose token is gone is read in
+smaller pieces, which have to learn what it meant. The original is run beside the candidate, so no label is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
@@ -18,6 +21,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
+from gossamer.train.lesson import Plan
 
 
 class Distill(TrainingTechnique):
@@ -40,6 +44,10 @@ class Distill(TrainingTechnique):
 
     divergence_left: ClassVar[float] = 0.3
 
+    embeddings: bool | None = Field(
+        None, description="whether embeddings are trained too; empty: where a vocabulary was cut before"
+    )
+
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return nothing: shapes and formats are other steps' matter."""
         return []
@@ -60,6 +68,13 @@ class Distill(TrainingTechnique):
                 "put it before the steps that round",
             )
 
+    def _plan_of(self, candidate: Candidate, context: Context) -> Plan:
+        """Return how long and how fast, and whether embeddings stay as they are."""
+        plan, trained = self._plan(context), self.embeddings
+        if trained is None:
+            trained = any("vocabulary" in entry for entry in candidate.applied)
+        return replace(plan, frozen=()) if trained else plan
+
     def _trained(
         self, candidate: Candidate, context: Context, checkpoints: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -67,7 +82,8 @@ class Distill(TrainingTechnique):
         from gossamer.train.loop import train  # transformers' Trainer takes seconds to import
 
         lesson = self._lesson(candidate, context)
-        outcome = train(lesson, self._plan(context), checkpoints, context.progress, label=self.name, team=context.team)
+        plan = self._plan_of(candidate, context)
+        outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
         return self._told(outcome, lesson, context, otherwise="the weights stay as they were"), _values(
             candidate.module
         )

@@ -44,7 +44,7 @@ FLOAT_BYTES = 4
 EIGHT = QuantSpec(bits=8)
 FOUR = QuantSpec(bits=4, symmetric=False, group_size=32)
 ROUNDED = ((None, None, 1.0), (EIGHT, EIGHT, 1.0), (FOUR, EIGHT, 1.0))  # blocks, tokens, what is left of the blocks
-CUT = ((EIGHT, EIGHT, 0.5), (EIGHT, EIGHT, 0.3))  # the same where blocks have to be cut too
+CUT = ((EIGHT, FOUR, 0.5), (EIGHT, FOUR, 0.4))  # the same where blocks have to be cut too
 ROUNDING = 1e-4  # of the largest output: the cut model may differ so much on tokens that stay
 
 
