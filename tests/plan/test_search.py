@@ -22,6 +22,7 @@ from gossamer.plan.search import Search, prove, short_in_quality_alone, undecide
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import SearchSpace, Technique, resolved
 from gossamer.techniques.quantize.cast import Cast
+from gossamer.techniques.quantize.qat import Qat
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.tune_scales import TuneScales
 
@@ -242,6 +243,16 @@ def test_a_repair_stands_before_the_cast(tables: Tables, job: Job) -> None:
     space = SearchSpace(tables.model, job.runtime, job.task, calibration_rows=64)
     assert repaired((INT4, HALF), space) == [(INT4, TUNED, HALF)]
     assert repaired((INT4, TUNED), space) == []
+
+
+def test_few_bits_are_trained_where_there_are_rows_to_learn_from(tables: Tables, job: Job) -> None:
+    space = SearchSpace(tables.model, job.runtime, job.task, calibration_rows=64, training_rows=400)
+    trained = Qat(epochs=1)
+    assert set(repaired((INT4, HALF), space)) == {(INT4, TUNED, HALF), (INT4, trained, HALF)}
+    assert repaired((INT4, TUNED), space) == [(INT4, TUNED, trained)], "one repair after another"
+    assert repaired((INT4, TUNED, trained), space) == []
+    assert repaired((INT8,), space) == [(INT8, TUNED)], "8 bits lose too little to train for minutes"
+    assert repaired((INT4, TUNED), replace(space, training_rows=100)) == []
 
 
 def test_only_a_shortfall_in_quality_alone_is_repaired(tables: Tables) -> None:

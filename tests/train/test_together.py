@@ -23,16 +23,21 @@ PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": Fals
 ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
 
 
-def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, Any]]:
-    """Return what each process found."""
-    folder.mkdir()
+def ran(folder: Path, recipe: list[Any], processes: int, *steps: str) -> subprocess.CompletedProcess[str]:
+    """Carry out a recipe in some processes, or its first steps."""
+    folder.mkdir(exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    ran = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), str(folder), json.dumps(recipe)],
+    return subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), str(folder), json.dumps(recipe), *steps],
         env={**os.environ, "PYTHONPATH": str(Path(gossamer.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
+
+
+def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, Any]]:
+    """Return what each process found."""
+    done = ran(folder, recipe, processes)
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(processes)]
 
 
@@ -54,6 +59,23 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     assert first["weights"] == second["weights"]
     for name, weights in alone["weights"].items():
         np.testing.assert_allclose(first["weights"][name], weights, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("processes", "others"), [(2, 1), (1, 2)])
+def test_a_training_goes_on_in_another_number_of_processes(tmp_path: Path, processes: int, others: int) -> None:
+    recipe = [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]]
+    (alone,) = trained(tmp_path / "alone", recipe, 1)
+    assert ran(tmp_path / "cut", recipe, processes, "6").returncode != 0
+    assert not list((tmp_path / "cut").glob("*.json"))
+    found = trained(tmp_path / "cut", recipe, others)
+    assert len(found) == others
+    for one in found:
+        assert 0 < len(one["losses"]) < len(alone["losses"]) - 3, (
+            "the steps before the last checkpoint are not repeated"
+        )
+        for name, weights in alone["weights"].items():
+            np.testing.assert_allclose(one["weights"][name], weights, atol=2e-4, err_msg=name)
 
 
 def test_rows_that_cannot_be_shared_evenly_are_refused_with_both_numbers() -> None:

@@ -63,6 +63,20 @@ def test_embeddings_and_the_head_tied_to_them_stay() -> None:
     assert torch.equal(candidate.module.get_input_embeddings().weight, before)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("tokens_cut", "asked", "learn"), [(True, None, True), (False, True, True), (True, False, False)]
+)
+def test_embeddings_learn_where_tokens_were_cut_and_where_it_is_asked_for(
+    tokens_cut: bool, asked: bool | None, learn: bool
+) -> None:
+    candidate, model, context = pruned()
+    if tokens_cut:
+        candidate.applied.insert(0, {"vocabulary": {"to": "50%"}})
+    before = candidate.module.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
+    Distill.model_validate({**SHORT, "embeddings": asked}).apply(candidate, model, context)
+    assert torch.equal(candidate.module.get_input_embeddings().weight, before) != learn  # type: ignore[operator]
+
+
 def test_weights_that_are_zero_stay_zero() -> None:
     candidate, model, context = pruned()
     weight = candidate.module.get_parameter("model.layers.1.self_attn.q_proj.weight")

@@ -7,7 +7,7 @@ Layer inputs that are rounded are rounded in training too, gradients passing str
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.prune.masks import has_masks
 from gossamer.techniques.quantize.fake_grid import fake_grids
-from gossamer.techniques.training import TrainingTechnique
+from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
 
 SMALLEST_ROOT = 1e-12  # gradients of a divergence near nothing are far below Adam's usual 1e-8
+COARSE = 4  # bits up to which the planner proposes it: finer codes lose too little to train for minutes
 
 
 class Qat(TrainingTechnique):
@@ -48,6 +49,8 @@ class Qat(TrainingTechnique):
         before=("lora", "kv_cache", "cast"),
         excludes=("compensate",),
     )  # fmt: skip
+
+    divergence_left: ClassVar[float] = 0.8
 
     rate: float = Field(1e-3, gt=0, lt=0.1, description="how far one step moves a scale at most, as a share of it")
     code_rate: float = Field(
@@ -114,8 +117,17 @@ class Qat(TrainingTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: it is carried out where a recipe asks for it."""
+        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
         yield from ()
+
+    @classmethod
+    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+        """Return one epoch for a recipe that rounds layers to few bits, where there are rows to learn from."""
+        decided = [one for step in steps for one in step.resolve(space.model) if one.layer.kind != "embedding"]
+        coarse = any(one.weight and one.weight.format == "int" and one.weight.bits <= COARSE for one in decided)
+        if not coarse or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
+            return None
+        return cls.model_validate({"epochs": 1})
 
 
 def _integers(candidate: Candidate) -> dict[str, Quantized]:
