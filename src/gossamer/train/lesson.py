@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,22 @@ class Plan:
     seed: int = 0
 
 
+class Schedule(Protocol):
+    """Change a student between the steps of its training. Before it is settled it is not judged, and not kept.
+
+    Buffers of the student are in its checkpoints; all else has to follow from them, the weights and the step.
+    """
+
+    def before_step(self, taken: int, steps: int) -> None:
+        """Change the student where `taken` of all `steps` are behind it."""
+
+    def before_update(self) -> None:
+        """Look at the gradients of a whole step, the same in all processes, before the weights move by them."""
+
+    def settled(self, taken: int, steps: int) -> bool:
+        """Say whether the student of the last of the steps taken is what a training may end with."""
+
+
 @dataclass
 class Lesson:
     """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows."""
@@ -53,6 +69,7 @@ class Lesson:
     teacher_blocks: Sequence[nn.Module] = ()
     learned: Sequence[Batch] = ()
     judged: Sequence[Batch] = ()
+    schedule: Schedule | None = None
     _hidden: dict[str, list[Tensor]] = field(default_factory=lambda: {"student": [], "teacher": []})
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -115,17 +132,21 @@ def _keep(kept: list[Tensor], found: Any) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped."""
+    """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped.
+
+    `settled`: the student came to what its training may end with.
+    """
 
     before: float
     after: float
     steps: int
     diverged: bool
+    settled: bool = True
 
     @property
     def better(self) -> bool:
         """Say whether the student is better than it was."""
-        return self.after < self.before
+        return self.settled and self.after < self.before
 
 
 def rows_of_one(batch_size: int, team: Team, label: str) -> int:

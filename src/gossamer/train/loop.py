@@ -5,7 +5,8 @@ processes: each takes its rows of every step, and gradients are averaged (Distri
 rows however many processes and parts they are cut into. Here are the loss, the teacher that runs beside, and what keeps
 a run from ending worse than it began:
 
-- what was not better on rows held back is not kept (the start counts as a checkpoint too);
+- what was not better on rows held back is not kept (the start counts as a checkpoint too; a student that a schedule is
+  still changing does not);
 - weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
 - a loss that is no number, or whose mean over RECENT steps is ten times what it was at first and on the rows held back,
   ends the training, and the best checkpoint is kept. (One step tells nothing: on rows that the original has learned by
@@ -46,7 +47,7 @@ from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
-from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
+from gossamer.train.lesson import Lesson, Outcome, Plan, Schedule, rows_of_one
 from gossamer.train.rows import Rows, collate
 
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
@@ -80,7 +81,9 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             trainer = _Trainer(lesson, student, arguments, watch, plan)
             trainer.train(resume_from_checkpoint=team.everywhere(_last_whole(folder) if team.leads else None))
             after = float(trainer.evaluate()["eval_loss"])
-            outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
+            taken, steps = int(trainer.state.global_step), int(trainer.state.max_steps)
+            settled = lesson.schedule is None or lesson.schedule.settled(taken, steps)
+            outcome = Outcome(before, after, taken, watch.diverged, settled)
             if not outcome.better:
                 student.load_state_dict(start)
     if team.leads:
@@ -231,7 +234,11 @@ class _Trainer(Trainer):
             train_dataset=Rows(lesson.learned, plan.batch_size),
             eval_dataset=Rows(lesson.judged, plan.batch_size),  # whole parts: no process judges others
             data_collator=collate,
-            callbacks=[EarlyStoppingCallback(plan.patience), watch],
+            callbacks=[
+                EarlyStoppingCallback(plan.patience),
+                watch,
+                *([_Scheduled(lesson.schedule)] if lesson.schedule else []),
+            ],
         )
         self.remove_callback(PrinterCallback)
         self.lesson = lesson
@@ -258,6 +265,26 @@ class _Trainer(Trainer):
         """Return nothing: our own tables say what a pass takes."""
         del inputs
         return 0
+
+
+class _Scheduled(TrainerCallback):
+    """Let a schedule change the student; only what is settled is judged, so that nothing else is the best."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Change the student."""
+        self.schedule.before_step(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the gradients."""
+        self.schedule.before_update()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put judging off."""
+        if not self.schedule.settled(state.global_step, state.max_steps):
+            control.should_evaluate = False
 
 
 class _Watch(TrainerCallback):
