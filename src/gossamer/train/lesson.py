@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.models.attention import fused_attention
+from gossamer.models.self_attention import outputs_of
 from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
 from gossamer.train.objectives import Objective, Seen
@@ -59,7 +60,11 @@ class Schedule(Protocol):
 
 @dataclass
 class Lesson:
-    """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows."""
+    """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows.
+
+    `student_layers` and `teacher_layers` name layers whose outputs objectives look at; `projections` are layers that
+    objectives use, and that may be trained with the student.
+    """
 
     student: nn.Module
     forward: Forward
@@ -70,7 +75,11 @@ class Lesson:
     learned: Sequence[Batch] = ()
     judged: Sequence[Batch] = ()
     schedule: Schedule | None = None
+    student_layers: Sequence[str] = ()
+    teacher_layers: Sequence[str] = ()
+    projections: nn.ModuleList | None = None
     _hidden: dict[str, list[Tensor]] = field(default_factory=lambda: {"student": [], "teacher": []})
+    _layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"student": {}, "teacher": {}})
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the weighted sum of the objectives on a mini-batch, the mean over its rows."""
@@ -83,15 +92,31 @@ class Lesson:
             losses.append(total * (len(some) / rows))
         return torch.stack(losses).sum()
 
+    def block_outputs(self, rows: Sequence[Batch]) -> Generator[tuple[Sequence[Tensor], Sequence[Tensor]], None, None]:
+        """Yield what the student's blocks and the teacher's give out for each of some rows, no gradients being kept."""
+        with self._watched(), torch.no_grad():
+            for row in rows:
+                seen = self._seen({name: torch.from_numpy(values) for name, values in row.inputs.items()}, [row])
+                yield seen.student_hidden, seen.teacher_hidden
+
     def _seen(self, inputs: dict[str, Tensor], rows: Sequence[Batch]) -> Seen:
         teacher = None
-        for kept in self._hidden.values():
+        for kept in (*self._hidden.values(), *self._layers.values()):
             kept.clear()
         if self.teacher is not None and any(objective.needs_teacher for _, objective in self.objectives):
             with torch.no_grad():
                 teacher = self.forward(self.teacher, inputs)
         student = self.forward(self.student, inputs)
-        return Seen(student, teacher, list(self._hidden["student"]), list(self._hidden["teacher"]), rows)
+        hidden, layers = self._hidden, self._layers
+        return Seen(
+            student,
+            teacher,
+            list(hidden["student"]),
+            list(hidden["teacher"]),
+            rows,
+            dict(layers["student"]),
+            dict(layers["teacher"]),
+        )
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -108,6 +133,9 @@ class Lesson:
                 if network is not None:
                     stack.enter_context(fused_attention(network))
             stack.enter_context(self._watched())
+            self._layers["student"] = stack.enter_context(outputs_of(self.student, self.student_layers))
+            if self.teacher is not None:
+                self._layers["teacher"] = stack.enter_context(outputs_of(self.teacher, self.teacher_layers))
             yield
 
     @contextmanager

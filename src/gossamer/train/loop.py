@@ -54,6 +54,7 @@ DIVERGED = 10.0  # times what it was: what the loss of a training that went wron
 RECENT = 10
 EVALUATIONS = 4  # an epoch at least
 JUDGED_AT_ONCE = 4  # rows
+PROJECTIONS = "gossamer_projections"  # before their names, which must not be a network's
 
 
 def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label: str, team: Team = ALONE) -> Outcome:
@@ -68,14 +69,17 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             f"{label} has {len(lesson.learned)} rows to learn from and {len(lesson.judged)} to judge on",
             "give more rows with --data",
         )
-    student = _Weights(lesson.student)
+    student = _Weights(lesson.student, lesson.projections)
     watch = _Watch(progress, label)
     with lesson.ready(), quiet_transformers(), _quiet_trainer():
         if plan.micro_batch is None:
             find = partial(_fitting, lesson, plan, student, progress, label, team)
             plan = replace(plan, micro_batch=remembered(folder, find, team))
         arguments = _arguments(plan, len(lesson.learned), folder, team)
-        with _moved(arguments.device, lesson.student, lesson.teacher), _trainable(lesson.student, plan):
+        with (
+            _moved(arguments.device, lesson.student, lesson.teacher, lesson.projections),
+            _trainable(lesson.student, plan),
+        ):
             start = {name: values.detach().clone() for name, values in student.trained().items()}
             before = watch.usual = _judged(lesson, plan, arguments)  # as it came, whatever a checkpoint brings
             trainer = _Trainer(lesson, student, arguments, watch, plan)
@@ -114,13 +118,13 @@ def judge(lesson: Lesson, plan: Plan, team: Team = ALONE) -> float:
     plan = replace(plan, micro_batch=plan.micro_batch or JUDGED_AT_ONCE)
     with folder, lesson.ready(), quiet_transformers(), _quiet_trainer():
         arguments = _arguments(plan, len(lesson.learned), Path(folder.name), team)
-        with _moved(arguments.device, lesson.student, lesson.teacher):
+        with _moved(arguments.device, lesson.student, lesson.teacher, lesson.projections):
             return _judged(lesson, plan, arguments)
 
 
 def _judged(lesson: Lesson, plan: Plan, arguments: TrainingArguments) -> float:
     """Return the loss on the rows held back, by a Trainer of its own: one that has judged does not wrap for DDP."""
-    trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan)
+    trainer = _Trainer(lesson, _Weights(lesson.student, lesson.projections), arguments, TrainerCallback(), plan)
     return float(trainer.evaluate()["eval_loss"])
 
 
@@ -192,11 +196,14 @@ def _arguments(plan: Plan, num_rows: int, folder: Path, team: Team) -> TrainingA
 
 
 class _Weights(nn.Module):
-    """Hold a network so that its checkpoints have what is trained, each tensor once, whatever class it is."""
+    """Hold a network so that its checkpoints have what is trained, each tensor once, whatever class it is.
 
-    def __init__(self, network: nn.Module) -> None:
+    `projections` are trained with it where they ask for gradients, under names of their own.
+    """
+
+    def __init__(self, network: nn.Module, projections: nn.ModuleList | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.projections = network, projections or nn.ModuleList()
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parameters that are trained, and buffers, by name."""
@@ -206,11 +213,15 @@ class _Weights(nn.Module):
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that are trained by name."""
-        return {name: values for name, values in self.network.named_parameters() if values.requires_grad}
+        return {name: values for name, values in self._parameters_by_name().items() if values.requires_grad}
+
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        beside = {f"{PROJECTIONS}.{name}": values for name, values in self.projections.named_parameters()}
+        return {**dict(self.network.named_parameters()), **beside}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
         """Put values back."""
-        held = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        held = self._parameters_by_name() | dict(self.network.named_buffers())
         with torch.no_grad():
             for name, values in state_dict.items():
                 held[name].copy_(values)
