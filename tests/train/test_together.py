@@ -20,6 +20,8 @@ from gossamer.train.lesson import rows_of_one
 SCRIPT = Path(__file__).parent / "train_together.py"
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 20, "micro_batch": 5, "precision": "fp32"}
 PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": False}]
+ZEROED = ["sparsify", {"sparsity": 0.3, "by": "magnitude"}]
+SPLIT = {**SHORT, "sharding": "fsdp"}
 ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
 
 
@@ -47,8 +49,9 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
     [
         [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
         [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
+        [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
     ],
-    ids=lambda recipe: recipe[-1][0],
+    ids=["distill", "qat and lora", "split"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     (alone,) = trained(tmp_path / "alone", recipe, 1)
@@ -59,14 +62,25 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     assert first["weights"] == second["weights"]
     for name, weights in alone["weights"].items():
         np.testing.assert_allclose(first["weights"][name], weights, atol=2e-4, err_msg=name)
+        assert [value == 0 for value in first["weights"][name]] == [value == 0 for value in weights], name
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("processes", "others"), [(2, 1), (1, 2)])
-def test_a_training_goes_on_in_another_number_of_processes(tmp_path: Path, processes: int, others: int) -> None:
-    recipe = [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]]
+@pytest.mark.parametrize(
+    ("processes", "others", "settings"),
+    [(2, 1, SHORT), (1, 2, SHORT), (2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4})],
+    ids=["fewer", "more", "split anew"],
+)
+def test_a_training_goes_on_in_another_number_of_processes(
+    tmp_path: Path, processes: int, others: int, settings: dict[str, Any]
+) -> None:
+    recipe = [PRUNED, ["distill", {**settings, "rate": 5e-4}]]
     (alone,) = trained(tmp_path / "alone", recipe, 1)
     assert ran(tmp_path / "cut", recipe, processes, "6").returncode != 0
+    if settings.get("sharding"):
+        told = ran(tmp_path / "cut", recipe, 1)
+        assert told.returncode != 0
+        assert "begun with sharding: fsdp by several processes, and is to go on in one" in told.stderr
     assert not list((tmp_path / "cut").glob("*.json"))
     found = trained(tmp_path / "cut", recipe, others)
     assert len(found) == others

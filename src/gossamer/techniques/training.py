@@ -86,6 +86,9 @@ class TrainingTechnique(Technique):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the passes: auto is bf16 where this machine multiplies it faster"
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="of several processes: each has all weights, or (fsdp) a part of them and of what they need"
+    )
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the original, of gradients, two moments, and the start that is kept."""
@@ -98,6 +101,10 @@ class TrainingTechnique(Technique):
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
         rows_of_one(self.batch_size, context.team, self.name)
+        if self.sharding == "fsdp" and context.team.size == 1:
+            context.progress.say(
+                f"{self.name}: sharding: fsdp splits between processes, and one was started: all is here"
+            )
         if torch.cuda.is_available() and context.team.local_size > torch.cuda.device_count():
             raise TechniqueError(
                 f"{self.name} trains on one GPU each: {context.team.local_size} processes were started here, "
@@ -212,6 +219,7 @@ class TrainingTechnique(Technique):
             memory=context.samples_memory,  # the copies of weights are not in it
             rate=self.rate,
             precision=precision,
+            sharded=self.sharding == "fsdp",
             seed=context.seed,
         )
 

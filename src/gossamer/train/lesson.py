@@ -38,6 +38,7 @@ class Plan:
     smallest_root: float = 1e-8  # Adam's epsilon: gradients far below it move nothing
     patience: int = 4  # evaluations without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
+    sharded: bool = False  # where several processes train: each holds its part of weights, gradients and moments
     only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
     seed: int = 0
 
