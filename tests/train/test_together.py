@@ -20,6 +20,7 @@ from gossamer.train.lesson import rows_of_one
 SCRIPT = Path(__file__).parent / "train_together.py"
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 20, "micro_batch": 5, "precision": "fp32"}
 PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": False}]
+NARROW = ["prune", {"what": "width", "to": "75%"}]
 ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
 
 
@@ -46,6 +47,7 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
     "recipe",
     [
         [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
+        [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
         [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
     ],
     ids=lambda recipe: recipe[-1][0],
