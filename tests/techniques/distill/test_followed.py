@@ -20,6 +20,7 @@ from gossamer.techniques.base import Context
 from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.followed import relation_heads
 from gossamer.techniques.prune.prune import Prune
+from gossamer.techniques.quantize.quantize import Quantize
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 llama, opened, rows, distance_from = (TINY[name] for name in ("llama", "opened", "rows_to_learn", "distance_from"))
@@ -157,6 +158,25 @@ def test_thin_layers_beside_rounded_weights_learn_from_relations() -> None:
     ]
     assert len(moved) == 1
     assert float(moved[0].abs().max()) > 0
+
+
+def test_what_is_merged_is_judged_by_the_projections_that_were_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.train import loop
+
+    judged = []
+    monkeypatch.setattr(loop, "judge", lambda lesson, *_: judged.append(lesson.projections) or 0.0)
+    candidate, model, context = cut(llama(2), WIDTH)
+    rounded = Quantize.model_validate({"bits": 4})
+    candidate = rounded.apply(candidate, model, context)
+    step = Lora.model_validate({**SHORT, "epochs": 1, "rank": 4, "merge": True, "projection": "learned", "rate": 5e-3})
+    start = step._lesson(candidate, context).projections
+    step.apply(candidate, model, context)
+    assert len(judged) == 1
+    assert not any(
+        torch.equal(now, before) for now, before in zip(judged[0].parameters(), start.parameters(), strict=True)
+    )
+    refitted = step._lesson(candidate, context).projections
+    assert not torch.equal(judged[0][0].weight, refitted[0].weight)
 
 
 @pytest.mark.parametrize(
