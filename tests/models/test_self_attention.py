@@ -133,15 +133,46 @@ def test_maps_with_a_bias_of_positions_are_refused() -> None:
         find_map_rules(model, found, example, run)
 
 
-def test_one_token_or_a_fused_kernel_tells_nothing_about_maps() -> None:
+def test_one_token_tells_nothing_about_maps() -> None:
     model = bert()
     found, _ = find_self_attentions(model, {"input_ids": IDS})
     with pytest.raises(TechniqueError, match="3 softmaxes of a pass over 1 tokens"):
         find_map_rules(model, found, {"input_ids": IDS[:, :1]}, run)
+
+
+def test_a_model_that_goes_by_the_fused_kernel_is_tried_without_it_and_left_with_it() -> None:
+    model = bert()
+    found, _ = find_self_attentions(model, {"input_ids": IDS})
+    rules = find_map_rules(model, found, {"input_ids": IDS}, run)
     model.set_attn_implementation("sdpa")
     assert find_self_attentions(model, {"input_ids": IDS})[0] == found
-    with pytest.raises(TechniqueError, match="none of the 0 softmaxes"):
-        find_map_rules(model, found, {"input_ids": IDS}, run)
+    assert find_map_rules(model, found, {"input_ids": IDS}, run) == rules
+    assert model.config._attn_implementation == "sdpa"
+
+
+class Own(nn.Module):
+    """A network of a user's own: one block twice, its attention by torch's kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in "qkvo"}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
+            q, k, v = (block[name](x).view(1, -1, 2, 4).transpose(1, 2) for name in "qkv")
+            found = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + block["o"](found)
+        return x
+
+
+def test_of_a_kernel_of_the_users_own_relations_can_be_followed_and_maps_cannot() -> None:
+    found, _ = find_self_attentions(Own(), {"x": torch.randn(1, 5, 8)})
+    assert [(one.q, one.k, one.v, one.key_size) for one in found] == [
+        (f"blocks.{index}.q", f"blocks.{index}.k", f"blocks.{index}.v", 4) for index in range(2)
+    ]
+    with pytest.raises(TechniqueError, match="none of the 0 softmaxes of a pass over 5 tokens"):
+        find_map_rules(Own(), found, {"x": torch.randn(1, 5, 8)}, run)
 
 
 def test_queries_keys_and_values_out_of_one_layer_are_named() -> None:

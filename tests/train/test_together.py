@@ -22,6 +22,7 @@ SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 20, "micro_batch": 5, "preci
 PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": False}]
 ZEROED = ["sparsify", {"sparsity": 0.3, "by": "magnitude"}]
 SPLIT = {**SHORT, "sharding": "fsdp"}
+NARROW = ["prune", {"what": "width", "to": "75%"}]
 ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
 
 
@@ -48,10 +49,11 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
     "recipe",
     [
         [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
+        [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
         [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
         [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
     ],
-    ids=["distill", "qat and lora", "split"],
+    ids=["distill", "narrower", "qat and lora", "split"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     (alone,) = trained(tmp_path / "alone", recipe, 1)

@@ -7,8 +7,8 @@ out.
     map = softmax(q k^T * scale + causal mask)        from what the layers q and k give out
 
 is not what every model computes: some rotate q and k by position, add a bias, cap, or look at a window. So the rule is
-tried out: it holds where the softmax that a pass takes is the one that the rule gives. A model that goes by a fused
-kernel takes none that could be seen.
+tried out: it holds where the softmax that a pass takes is the one that the rule gives. Code of a user's own that calls
+a fused kernel takes none that could be seen.
 
 Left out, with an error that names them: queries, keys and values out of one layer (their order in it is the model's
 business), several layers that add up to one of them, and attention that is no module's (nn.MultiheadAttention).
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gossamer.errors import TechniqueError
+from gossamer.models.attention import written_out_attention
 from gossamer.models.blocks import block_of, find_stacks
 from gossamer.models.dataflow import SOFTMAXES, Flow, Names, evaluating, follow
 from gossamer.models.factors import Factored
@@ -152,7 +153,7 @@ def find_map_rules(
     """
     names = list(dict.fromkeys(name for one in attentions for name in (one.q, one.k)))
     watch = _Softmaxes()
-    with evaluating(module), outputs_of(module, names) as outputs, watch:
+    with evaluating(module), written_out_attention(module), outputs_of(module, names) as outputs, watch:
         forward(module, dict(example))
     rules = []
     for one in attentions:

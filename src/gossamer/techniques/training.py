@@ -192,6 +192,7 @@ class TrainingTechnique(Technique):
             maps = mapped(pairs, *rules)
             looked += [names for one in maps for names in zip(one.student, one.teacher, strict=True)]
             objectives.append((self.attention, Maps(maps)))
+        assert looked, "stacks of a student are stacks of its original"
         lesson.student_layers, lesson.teacher_layers = (list(dict.fromkeys(side)) for side in zip(*looked, strict=True))
 
     def _attentions(self, module: nn.Module, example: dict[str, Tensor], lesson: Lesson) -> Sequence[SelfAttention]:

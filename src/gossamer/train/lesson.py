@@ -102,8 +102,9 @@ class Lesson:
 
     def _seen(self, inputs: dict[str, Tensor], rows: Sequence[Batch]) -> Seen:
         teacher = None
-        for kept in (*self._hidden.values(), *self._layers.values()):
-            kept.clear()
+        for side in ("student", "teacher"):
+            self._hidden[side].clear()
+            self._layers[side].clear()
         if self.teacher is not None and any(objective.needs_teacher for _, objective in self.objectives):
             with torch.no_grad():
                 teacher = self.forward(self.teacher, inputs)
