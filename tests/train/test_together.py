@@ -68,6 +68,20 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("by", ["magnitude", "movement"])
+def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) -> None:
+    recipe = [["gradual", {**SHORT, "epochs": 2, "rate": 5e-4, "sparsity": 0.6, "by": by}]]
+    (alone,) = trained(tmp_path / "alone", recipe, 1)
+    first, second = trained(tmp_path / "both", recipe, 2)
+    assert first["weights"] == second["weights"]
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=0.02)
+    for name, weights in alone["weights"].items():
+        gone, here = (np.array(one) == 0 for one in (weights, first["weights"][name]))
+        assert gone.mean() == pytest.approx(0.6, abs=0.002) or not gone.any(), name
+        assert (gone != here).mean() < 0.01, name  # two that are nearly equal may change places
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("processes", "others", "settings"),
     [(2, 1, SHORT), (1, 2, SHORT), (2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4})],

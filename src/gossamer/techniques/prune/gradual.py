@@ -2,8 +2,8 @@
 
 It is `distill` with masks that grow meanwhile (`growth.py`: which weights go, and when). The start, which has all of
 its weights, is no outcome: only what has all of its zeros is judged, and kept where it is better than the start with
-its smallest weights gone at once. As those of `sparsify`, zeros make no file smaller and no runtime here faster; later steps
-keep them.
+its smallest weights gone at once. As those of `sparsify`, zeros make no file smaller, no runtime here faster;
+later steps keep them.
 """
 
 from __future__ import annotations
