@@ -11,9 +11,9 @@ from zero, M being the mask and the gradient passing straight through it:
 
     w' = w M(S)          S <- S - dL/dw' w
 
-A constant rate in front of the sum changes no order, so there is none. What is masked keeps its value, so that it can
-come back while sparsity grows. A pattern n:m grows alike: of the weights that it takes out (the m - n smallest of every
-m neighbours) the smallest go first, and all of them at the end.
+A constant rate in front of the sum changes no order, so there is none (the authors' code has Adam move S instead). What
+is masked keeps its value, so that it can come back while sparsity grows. A pattern n:m grows alike: of the weights that
+it takes out (the m - n smallest of every m neighbours) the smallest go first, and all of them at the end.
 
 Left out: soft movement pruning (a threshold on sigmoid(S), whose sparsity is found by trying penalties) and gates that
 are drawn at random (Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", 2018; Xia et al.,
