@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ from gossamer import api
 from gossamer.errors import GoalError, RunError, TechniqueError
 from gossamer.goal import parse_goal
 from gossamer.measure.memory import resident_bytes
+from gossamer.models.candidate import Candidate
 from gossamer.plan import flow, forecast
 from gossamer.plan.candidates import Steps
 from gossamer.plan.forecast import Forecaster, artifact_bytes, check_forecast
 from gossamer.plan.job import Job
 from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Tables
-from gossamer.plan.rates import Rates, measured_rates
+from gossamer.plan.rates import Rates, _measure, measured_rates
 from gossamer.plan.records import Forecast
 from gossamer.plan.search import too_long
 from gossamer.recipe import Recipe, Step
 from gossamer.run.journal import read_journal
+from gossamer.tasks.base import Arrays
 from gossamer.techniques.base import Technique
 from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.quantize.calibrated import Gptq
@@ -53,6 +57,21 @@ def test_rates_are_measured_once_and_make_sense(job: Job, rates: Rates) -> None:
     hidden, classes, longest = 64, 3, max(batch.inputs["input_ids"].size for batch in job.evaluation)
     assert rates.block_bytes == pytest.approx(4 * hidden)  # of one token between two blocks, float32
     assert rates.output_bytes >= 4 * classes / longest
+
+
+def test_a_pass_that_was_disturbed_does_not_decide(job: Job, rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, plain = itertools.count(), Job.computed
+
+    def computed(self: Job, candidate: Candidate, inputs: Sequence[Arrays]) -> Iterator[Arrays]:
+        if next(passes) % 4:  # most of each batch's
+            time.sleep(0.3)
+        return plain(self, candidate, inputs)
+
+    monkeypatch.setattr(Job, "computed", computed)
+    found = _measure(job, job.run.folder)
+    assert next(passes) == 12
+    assert found.pass_seconds * max(batch.inputs["input_ids"].size for batch in job.evaluation) < 0.15
+    assert found.pass_seconds < 20 * rates.pass_seconds
 
 
 def test_bytes_of_the_artifact_are_those_of_a_real_one(optimized: Any, job: Job) -> None:

@@ -16,7 +16,7 @@ from gossamer.plan.job import Job, Rowset
 from gossamer.plan.menu import WAVE, Menu
 from gossamer.plan.predict import Corrections, Tables, format_key, predict
 from gossamer.plan.profile import Profile
-from gossamer.plan.ranking import Ranked, judge_measured, judge_prediction, promise, rank, time_budget
+from gossamer.plan.ranking import HOPELESS, Ranked, judge_measured, judge_prediction, promise, rank, time_budget
 from gossamer.plan.records import Equivalence, Figure, Measured, Original, Tried
 from gossamer.plan.search import Search, prove, short_in_quality_alone, undecided_by_time_alone
 from gossamer.tasks.base import Evaluation
@@ -402,3 +402,14 @@ def test_what_was_measured_is_learned_again_by_tables_that_know_blocks(tables: T
     expected.learn(format_key(INT8.resolve(tables.model)), before, 0.75, 0.99, (), 5_000.0)
     assert search.corrections == expected
     assert search.tables is known
+
+
+def test_once_files_were_measured_a_size_above_the_bound_is_no_near_miss(tables: Tables) -> None:
+    size = predict(tables, [INT8]).size_bytes
+    goal, known = parse_goal(f"size <= {size}B"), Corrections()
+    (before,) = rank(goal, tables, [(INT8,)], known)
+    assert before.promise >= 0
+    known.learn("another kind", before.prediction, None, 1.0, (), size + 0.001 * size)
+    (after,) = rank(goal, tables, [(INT8,)], known)
+    assert after.prediction.size_bytes > size
+    assert after.promise < HOPELESS

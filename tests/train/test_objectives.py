@@ -62,3 +62,33 @@ def test_labels_are_the_tasks_loss_row_by_row() -> None:
     wanted = (functional.cross_entropy(logits[0, :3], torch.zeros(3, dtype=torch.long))
               + functional.cross_entropy(logits[1], torch.ones(5, dtype=torch.long))) / 2  # fmt: skip
     assert torch.allclose(Labels(loss)(seen(logits)), wanted)
+
+
+@pytest.mark.parametrize("kind", get_args(Divergence))
+def test_top_k_is_the_divergence_of_k_classes_and_the_rest(kind: Divergence) -> None:
+    student, teacher = torch.randn(2, 11), torch.randn(2, 11)
+    found = []
+    for row in range(2):
+        order = teacher[row].argsort(descending=True)
+        p, q = (
+            torch.cat([values.softmax(0)[order[:3]], values.softmax(0)[order[3:]].sum().view(1)])
+            for values in (teacher[row], student[row])
+        )
+        found.append(divergence(p.log()[None], q.log()[None], kind))
+    assert torch.allclose(Logits(kind, top_k=3)(seen(student, teacher)), torch.stack(found).mean(), atol=1e-6)
+
+
+def test_top_k_of_all_is_the_divergence_itself_and_less_is_never_more() -> None:
+    student, teacher = torch.randn(2, 11), torch.randn(2, 11)
+    losses = [float(Logits(top_k=k)(seen(student, teacher))) for k in (1, 3, 6, 11, 20)]
+    assert losses[-1] == losses[-2] == float(Logits()(seen(student, teacher)))
+    assert losses[:4] == sorted(losses[:4])  # merging classes cannot raise a divergence
+
+
+def test_a_teacher_that_leaves_nothing_to_the_rest_gives_finite_gradients() -> None:
+    student, teacher = torch.randn(2, 11, requires_grad=True), torch.randn(2, 11)
+    teacher[:, 0] = 200.0
+    Logits(top_k=1)(seen(student, teacher)).backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+    assert float(student.grad[:, 0].max()) < 0

@@ -20,6 +20,9 @@ from gossamer.train.lesson import rows_of_one
 SCRIPT = Path(__file__).parent / "train_together.py"
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 20, "micro_batch": 5, "precision": "fp32"}
 PRUNED = ["prune", {"what": "ffn", "to": "25%", "by": "magnitude", "refit": False}]
+ZEROED = ["sparsify", {"sparsity": 0.3, "by": "magnitude"}]
+SPLIT = {**SHORT, "sharding": "fsdp"}
+NARROW = ["prune", {"what": "width", "to": "75%"}]
 ROUNDED = ["quantize", {"bits": 3, "group_size": 16, "targets": ["q", "k", "v", "o", "up", "gate", "down"]}]
 
 
@@ -46,9 +49,11 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
     "recipe",
     [
         [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
+        [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
         [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
+        [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
     ],
-    ids=lambda recipe: recipe[-1][0],
+    ids=["distill", "narrower", "qat and lora", "split"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     (alone,) = trained(tmp_path / "alone", recipe, 1)
@@ -59,14 +64,39 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     assert first["weights"] == second["weights"]
     for name, weights in alone["weights"].items():
         np.testing.assert_allclose(first["weights"][name], weights, atol=2e-4, err_msg=name)
+        assert [value == 0 for value in first["weights"][name]] == [value == 0 for value in weights], name
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("processes", "others"), [(2, 1), (1, 2)])
-def test_a_training_goes_on_in_another_number_of_processes(tmp_path: Path, processes: int, others: int) -> None:
-    recipe = [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]]
+@pytest.mark.parametrize("by", ["magnitude", "movement"])
+def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) -> None:
+    recipe = [["gradual", {**SHORT, "epochs": 2, "rate": 5e-4, "sparsity": 0.6, "by": by}]]
+    (alone,) = trained(tmp_path / "alone", recipe, 1)
+    first, second = trained(tmp_path / "both", recipe, 2)
+    assert first["weights"] == second["weights"]
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=0.02)
+    for name, weights in alone["weights"].items():
+        gone, here = (np.array(one) == 0 for one in (weights, first["weights"][name]))
+        assert gone.mean() == pytest.approx(0.6, abs=0.002) or not gone.any(), name
+        assert (gone != here).mean() < 0.01, name  # two that are nearly equal may change places
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("processes", "others", "settings"),
+    [(2, 1, SHORT), (1, 2, SHORT), (2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4})],
+    ids=["fewer", "more", "split anew"],
+)
+def test_a_training_goes_on_in_another_number_of_processes(
+    tmp_path: Path, processes: int, others: int, settings: dict[str, Any]
+) -> None:
+    recipe = [PRUNED, ["distill", {**settings, "rate": 5e-4}]]
     (alone,) = trained(tmp_path / "alone", recipe, 1)
     assert ran(tmp_path / "cut", recipe, processes, "6").returncode != 0
+    if settings.get("sharding"):
+        told = ran(tmp_path / "cut", recipe, 1)
+        assert told.returncode != 0
+        assert "begun with sharding: fsdp by several processes, and is to go on in one" in told.stderr
     assert not list((tmp_path / "cut").glob("*.json"))
     found = trained(tmp_path / "cut", recipe, others)
     assert len(found) == others

@@ -19,17 +19,25 @@ WRITTEN_OUT, FUSED = "eager", "sdpa"
 @contextmanager
 def fused_attention(module: nn.Module) -> Iterator[None]:
     """Switch a model of transformers to the fused kernel while the `with` lasts, where its code has it."""
-    wanted = (
-        isinstance(module, PreTrainedModel)
-        and module.config._attn_implementation == WRITTEN_OUT
-        and bool(getattr(module, "_supports_sdpa", False))
-    )
-    if not wanted:
+    able = bool(getattr(module, "_supports_sdpa", False))
+    with _switched(module, WRITTEN_OUT, FUSED if able else WRITTEN_OUT):
+        yield
+
+
+@contextmanager
+def written_out_attention(module: nn.Module) -> Iterator[None]:
+    """Switch a model of transformers to attention that is written out while the `with` lasts."""
+    with _switched(module, FUSED, WRITTEN_OUT):
+        yield
+
+
+@contextmanager
+def _switched(module: nn.Module, before: str, now: str) -> Iterator[None]:
+    if not isinstance(module, PreTrainedModel) or before == now or module.config._attn_implementation != before:
         yield
         return
-    assert isinstance(module, PreTrainedModel)
-    module.set_attn_implementation(FUSED)
+    module.set_attn_implementation(now)
     try:
         yield
     finally:
-        module.set_attn_implementation(WRITTEN_OUT)
+        module.set_attn_implementation(before)

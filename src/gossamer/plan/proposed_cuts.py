@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import exp
+from math import ceil, exp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,9 +147,12 @@ class _Solver:
             if quantity not in self.saved:
                 self.saved[quantity] = self.choices.saved(self._by_size(quantity, steps))
             saved = self.saved[quantity]
-            key = quantity, round(100 * needed / max(1, int(saved.max(axis=1).sum())))
+            hundredth = max(1, int(saved.max(axis=1).sum())) / 100
+            key = quantity, ceil(needed / hundredth)  # up: a bound on bytes is met or not
             if key not in self.known:
-                sizes = self.choices.best(saved, needed) if needed > 0 else None
+                sizes = None
+                if needed > 0:
+                    sizes = self.choices.best(saved, key[1] * hundredth) or self.choices.best(saved, needed)
                 self.known[key] = as_steps(sizes, self.tables.model) if sizes else ()
             if self.known[key]:
                 yield self.known[key]

@@ -1,13 +1,16 @@
 """What every step that trains has in common: its settings, the rows, the original beside it, and what is learned.
 
 The loop is `gossamer.train.loop`, the losses are in `gossamer.train.objectives`. A step says which weights are trained;
-what they learn is the original's predictions, the outputs of its blocks, and the rows' own labels, each with a weight.
+what they learn is the original's predictions, the outputs of its blocks, its attention, and the rows' own labels, each
+with a weight.
 One row in ten is held back, and the candidate stays as it was where it did not come nearer on those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,20 +22,25 @@ from torch import Tensor, nn
 
 from gossamer.errors import DataError, TechniqueError
 from gossamer.measure.machine import multiplies_bf16
-from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
+from gossamer.models.self_attention import SelfAttention, find_map_rules, find_self_attentions
 from gossamer.run.fingerprint import hash_json
-from gossamer.tasks.base import Batch, Task, spread
+from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Technique
+from gossamer.techniques.followed import attention_pairs, blocks_of, mapped, paired, related
+from gossamer.train.attention import Maps, Relations
 from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
+from gossamer.train.projections import fitted
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
 MOST_JUDGED = 256
+MOST_FITTED = 256  # rows that projections are fitted on
 PASSES = 4  # that one row takes in a step: the teacher's, the student's forward, and twice that back
 FLOAT_BYTES = 4
+FOLLOWED = ("logits", "hidden", "relations", "attention")
 FILE = "trained.safetensors"
 Training = Callable[[Path], tuple[dict[str, Any], dict[str, Tensor]]]
 
@@ -50,12 +58,36 @@ class TrainingTechnique(Technique):
     logits: float = Field(1.0, ge=0, description="weight of following the original's predictions")
     hidden: float = Field(1.0, ge=0, description="weight of following the outputs of the original's blocks")
     labels: float = Field(0.5, ge=0, description="weight of the rows' own labels")
+    relations: float = Field(
+        0.0,
+        ge=0,
+        description="weight of following how queries, keys and values relate tokens, in one block (MiniLM v2)",
+    )
+    relation_block: int | None = Field(
+        None, ge=0, description="the original's block whose relations the last one follows; empty: its last"
+    )
+    relation_heads: int | None = Field(
+        None,
+        ge=1,
+        description="heads that relations are split into; empty: at most the original's, dividing both widths",
+    )
+    attention: float = Field(0.0, ge=0, description="weight of following the original's attention maps")
+    projection: Literal["lstsq", "learned"] = Field(
+        "lstsq",
+        description="how narrower blocks are led to the original's width: a fit that stands still, or learned on",
+    )
     divergence: Divergence = Field(
         "forward", description="between predictions: forward (original to candidate), reverse, js"
     )
     temperature: float = Field(1.0, gt=0, description="predictions are compared at this temperature")
+    top_k: int | None = Field(
+        None, ge=1, description="compare the original's k most likely tokens, and the rest as one; empty: all"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the passes: auto is bf16 where this machine multiplies it faster"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="of several processes: each has all weights, or (fsdp) a part of them and of what they need"
     )
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
@@ -69,6 +101,10 @@ class TrainingTechnique(Technique):
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
         rows_of_one(self.batch_size, context.team, self.name)
+        if self.sharding == "fsdp" and context.team.size == 1:
+            context.progress.say(
+                f"{self.name}: sharding: fsdp splits between processes, and one was started: all is here"
+            )
         if torch.cuda.is_available() and context.team.local_size > torch.cuda.device_count():
             raise TechniqueError(
                 f"{self.name} trains on one GPU each: {context.team.local_size} processes were started here, "
@@ -80,8 +116,15 @@ class TrainingTechnique(Technique):
                 f"{self.name} needs the model whole, and this one is read piece by piece",
                 "raise --memory, or leave the step out",
             )
-        if not self.logits and not self.hidden and not self.labels:
-            raise TechniqueError("logits, hidden and labels are all 0: nothing is learned", "give one of them a weight")
+        if not self._follows and not self.labels:
+            raise TechniqueError(
+                f"{', '.join(FOLLOWED)} and labels are all 0: nothing is learned", "give one of them a weight"
+            )
+
+    @property
+    def _follows(self) -> bool:
+        """Say whether the original is followed in anything."""
+        return any(getattr(self, name) for name in FOLLOWED)
 
     def _lesson(self, candidate: Candidate, context: Context) -> Lesson:
         """Return what is learned on which rows: the original is run beside where an objective follows it."""
@@ -89,16 +132,80 @@ class TrainingTechnique(Technique):
         rows = self._rows(context)
         teacher = source.original(task).requires_grad_(False)
         pairs = paired(blocks_of(candidate.module), blocks_of(teacher))
-        return Lesson(
+        objectives: list[tuple[float, Objective]] = []
+        if self.logits:
+            objectives.append((self.logits, Logits(self.divergence, self.temperature, self.top_k)))
+        lesson = Lesson(
             student=candidate.module,
             forward=lambda module, inputs: source.forward(module, inputs, task.output),
-            objectives=self._objectives(task, bool(pairs), self._labelled(rows, teacher, candidate, context)),
+            objectives=objectives,
             teacher=teacher,
             student_blocks=[ours for ours, _ in pairs],
             teacher_blocks=[theirs for _, theirs in pairs],
             learned=[row for index, row in enumerate(rows) if index % HELD_BACK != HELD_BACK - 1],
             judged=spread(rows[HELD_BACK - 1 :: HELD_BACK], MOST_JUDGED),
         )
+        if self.hidden and pairs:
+            objectives.append((self.hidden, self._hidden(lesson, context)))
+        if self.relations or self.attention:
+            self._follow_attention(lesson, objectives, context)
+        if self._labelled(rows, teacher, candidate, context):
+
+            def loss(outputs: Tensor, row: Batch) -> Tensor:
+                return task.loss({task.output: outputs}, row)
+
+            objectives.append((self.labels, Labels(loss)))
+        return lesson
+
+    def _hidden(self, lesson: Lesson, context: Context) -> Hidden:
+        """Return what follows blocks, with layers that lead to the original's width where the student is narrower."""
+        watching = replace(lesson, objectives=[(1.0, Hidden())])
+        with closing(watching.block_outputs(lesson.learned[:MOST_FITTED])) as passes:
+            lesson.projections, axes = fitted(passes, trained=self.projection == "learned")
+        if lesson.projections is None:
+            return Hidden()
+        narrow = sum(axis is not None for axis in axes)
+        how = "then learned on" if self.projection == "learned" else "which stand still"
+        context.progress.say(
+            f"{self.name}: {narrow} of {len(axes)} blocks are led to the original's width by fitted layers, {how}"
+        )
+        return Hidden(lesson.projections, axes)
+
+    def _follow_attention(self, lesson: Lesson, objectives: list[tuple[float, Objective]], context: Context) -> None:
+        """Add what follows attention, and name the layers whose outputs it looks at."""
+        example = {name: torch.from_numpy(values) for name, values in context.example.items()}
+        assert lesson.teacher is not None
+        ours, theirs = (self._attentions(module, example, lesson) for module in (lesson.student, lesson.teacher))
+        looked: list[tuple[str, str]] = []
+        if self.relations:
+            relations = related(ours, theirs, self.relation_block, self.relation_heads)
+            looked += [(one.student, one.teacher) for one in relations]
+            objectives.append((self.relations, Relations(relations)))
+        if self.attention:
+            pairs = attention_pairs(ours, theirs)
+            longest = max(lesson.learned, key=lambda row: sum(values.size for values in row.inputs.values()))
+            row = {name: torch.from_numpy(values) for name, values in longest.inputs.items()}
+            rules = [
+                find_map_rules(module, [pair[side] for pair in pairs], row, lesson.forward)
+                for side, module in enumerate((lesson.student, lesson.teacher))
+            ]
+            maps = mapped(pairs, *rules)
+            looked += [names for one in maps for names in zip(one.student, one.teacher, strict=True)]
+            objectives.append((self.attention, Maps(maps)))
+        assert looked, "stacks of a student are stacks of its original"
+        lesson.student_layers, lesson.teacher_layers = (list(dict.fromkeys(side)) for side in zip(*looked, strict=True))
+
+    def _attentions(self, module: nn.Module, example: dict[str, Tensor], lesson: Lesson) -> Sequence[SelfAttention]:
+        """Return the self-attentions of a model's blocks. Raises TechniqueError where none is understood."""
+        found, unclear = find_self_attentions(module, example, lesson.forward)
+        if not found:
+            weights = " and ".join(name for name in ("relations", "attention") if getattr(self, name))
+            raise TechniqueError(
+                f"{self.name} finds no queries, keys and values that {weights} could follow: "
+                f"{unclear or 'no block attends to its own tokens by layers of its own'}",
+                f"set {weights} to 0, and follow `hidden`",
+            )
+        return found
 
     def _plan(self, context: Context) -> Plan:
         """Return how long and how fast."""
@@ -113,6 +220,7 @@ class TrainingTechnique(Technique):
             memory=context.samples_memory,  # the copies of weights are not in it
             rate=self.rate,
             precision=precision,
+            sharded=self.sharding == "fsdp",
             seed=context.seed,
         )
 
@@ -163,24 +271,11 @@ class TrainingTechnique(Technique):
         try:
             task.loss(outputs, rows[0])
         except DataError as error:
-            if not self.logits and not self.hidden:
+            if not self._follows:
                 raise
             context.progress.say(f"{self.name}: {error.message}: the original alone is followed")
             return False
         return True
-
-    def _objectives(self, task: Task, blocks: bool, labelled: bool) -> list[tuple[float, Objective]]:
-        def loss(outputs: Tensor, row: Batch) -> Tensor:
-            return task.loss({task.output: outputs}, row)
-
-        found: list[tuple[float, Objective]] = []
-        if self.logits:
-            found.append((self.logits, Logits(self.divergence, self.temperature)))
-        if self.hidden and blocks:
-            found.append((self.hidden, Hidden()))
-        if labelled:
-            found.append((self.labels, Labels(loss)))
-        return found
 
     def _rows(self, context: Context) -> list[Batch]:
         batches = context.training()
@@ -191,28 +286,3 @@ class TrainingTechnique(Technique):
                 "give more rows with --data",
             )
         return spread(batches, self.rows)
-
-
-def blocks_of(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the blocks of every stack, in order."""
-    found: dict[str, list[nn.Module]] = {}
-    for name, (stack, _) in find_stacks(module)[1].items():
-        found.setdefault(stack, []).append(module.get_submodule(name))
-    return found
-
-
-def paired(
-    student: dict[str, list[nn.Module]], teacher: dict[str, list[nn.Module]]
-) -> list[tuple[nn.Module, nn.Module]]:
-    """Return each block of the student with the one of the teacher that it follows: evenly, the last with the last.
-
-    >>> ours, theirs = [nn.Identity() for _ in range(2)], [nn.Identity() for _ in range(6)]
-    >>> [theirs.index(block) for _, block in paired({"a": ours}, {"a": theirs})]
-    [2, 5]
-    """
-    pairs = []
-    for name, ours in student.items():
-        theirs = teacher.get(name, [])
-        if theirs:
-            pairs += [(block, theirs[(i + 1) * len(theirs) // len(ours) - 1]) for i, block in enumerate(ours)]
-    return pairs

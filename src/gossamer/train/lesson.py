@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
 from gossamer.models.attention import fused_attention
+from gossamer.models.self_attention import outputs_of
 from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
 from gossamer.train.objectives import Objective, Seen
@@ -37,13 +38,34 @@ class Plan:
     smallest_root: float = 1e-8  # Adam's epsilon: gradients far below it move nothing
     patience: int = 4  # evaluations without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
+    sharded: bool = False  # where several processes train: each holds its part of weights, gradients and moments
     only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
     seed: int = 0
 
 
+class Schedule(Protocol):
+    """Change a student between the steps of its training. Before it is settled it is not judged, and not kept.
+
+    Buffers of the student are in its checkpoints; all else has to follow from them, the weights and the step.
+    """
+
+    def before_step(self, taken: int, steps: int) -> None:
+        """Change the student where `taken` of all `steps` are behind it."""
+
+    def before_update(self) -> None:
+        """Look at the gradients of a whole step, the same in all processes, before the weights move by them."""
+
+    def settled(self, taken: int, steps: int) -> bool:
+        """Say whether the student of the last of the steps taken is what a training may end with."""
+
+
 @dataclass
 class Lesson:
-    """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows."""
+    """Hold what is trained on what: the student, its blocks and the teacher's that they follow, objectives, rows.
+
+    `student_layers` and `teacher_layers` name layers whose outputs objectives look at; `projections` are layers that
+    objectives use, and that may be trained with the student.
+    """
 
     student: nn.Module
     forward: Forward
@@ -53,7 +75,12 @@ class Lesson:
     teacher_blocks: Sequence[nn.Module] = ()
     learned: Sequence[Batch] = ()
     judged: Sequence[Batch] = ()
+    schedule: Schedule | None = None
+    student_layers: Sequence[str] = ()
+    teacher_layers: Sequence[str] = ()
+    projections: nn.ModuleList | None = None
     _hidden: dict[str, list[Tensor]] = field(default_factory=lambda: {"student": [], "teacher": []})
+    _layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"student": {}, "teacher": {}})
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the weighted sum of the objectives on a mini-batch, the mean over its rows."""
@@ -66,15 +93,32 @@ class Lesson:
             losses.append(total * (len(some) / rows))
         return torch.stack(losses).sum()
 
+    def block_outputs(self, rows: Sequence[Batch]) -> Generator[tuple[Sequence[Tensor], Sequence[Tensor]], None, None]:
+        """Yield what the student's blocks and the teacher's give out for each of some rows, no gradients being kept."""
+        with self._watched(), torch.no_grad():
+            for row in rows:
+                seen = self._seen({name: torch.from_numpy(values) for name, values in row.inputs.items()}, [row])
+                yield seen.student_hidden, seen.teacher_hidden
+
     def _seen(self, inputs: dict[str, Tensor], rows: Sequence[Batch]) -> Seen:
         teacher = None
-        for kept in self._hidden.values():
-            kept.clear()
+        for side in ("student", "teacher"):
+            self._hidden[side].clear()
+            self._layers[side].clear()
         if self.teacher is not None and any(objective.needs_teacher for _, objective in self.objectives):
             with torch.no_grad():
                 teacher = self.forward(self.teacher, inputs)
         student = self.forward(self.student, inputs)
-        return Seen(student, teacher, list(self._hidden["student"]), list(self._hidden["teacher"]), rows)
+        hidden, layers = self._hidden, self._layers
+        return Seen(
+            student,
+            teacher,
+            list(hidden["student"]),
+            list(hidden["teacher"]),
+            rows,
+            dict(layers["student"]),
+            dict(layers["teacher"]),
+        )
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -91,6 +135,9 @@ class Lesson:
                 if network is not None:
                     stack.enter_context(fused_attention(network))
             stack.enter_context(self._watched())
+            self._layers["student"] = stack.enter_context(outputs_of(self.student, self.student_layers))
+            if self.teacher is not None:
+                self._layers["teacher"] = stack.enter_context(outputs_of(self.teacher, self.teacher_layers))
             yield
 
     @contextmanager
@@ -115,17 +162,21 @@ def _keep(kept: list[Tensor], found: Any) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped."""
+    """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped.
+
+    `settled`: the student came to what its training may end with.
+    """
 
     before: float
     after: float
     steps: int
     diverged: bool
+    settled: bool = True
 
     @property
     def better(self) -> bool:
         """Say whether the student is better than it was."""
-        return self.after < self.before
+        return self.settled and self.after < self.before
 
 
 def rows_of_one(batch_size: int, team: Team, label: str) -> int:

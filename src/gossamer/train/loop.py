@@ -5,7 +5,8 @@ processes: each takes its rows of every step, and gradients are averaged (Distri
 rows however many processes and parts they are cut into. Here are the loss, the teacher that runs beside, and what keeps
 a run from ending worse than it began:
 
-- what was not better on rows held back is not kept (the start counts as a checkpoint too);
+- what was not better on rows held back is not kept (the start counts as a checkpoint too; a student that a schedule is
+  still changing does not);
 - weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
 - a loss that is no number, or whose mean over RECENT steps is ten times what it was at first and on the rows held back,
   ends the training, and the best checkpoint is kept. (One step tells nothing: on rows that the original has learned by
@@ -39,6 +40,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gossamer.errors import TechniqueError
 from gossamer.models.config import quiet_transformers
@@ -46,8 +48,10 @@ from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
-from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
+from gossamer.train.lesson import Lesson, Outcome, Plan, Schedule, rows_of_one
 from gossamer.train.rows import Rows, collate
+from gossamer.train.sharded import ZerosStay, allow, check_parts, split
+from gossamer.train.weights import Parts, Weights, trainable
 
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
 RECENT = 10
@@ -67,28 +71,61 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             f"{label} has {len(lesson.learned)} rows to learn from and {len(lesson.judged)} to judge on",
             "give more rows with --data",
         )
-    student = _Weights(lesson.student)
     watch = _Watch(progress, label)
-    with lesson.ready(), quiet_transformers(), _quiet_trainer():
+    with quiet_transformers(), _quiet_trainer():
         if plan.micro_batch is None:
-            find = partial(_fitting, lesson, plan, student, progress, label, team)
+            find = partial(_fitting, lesson, plan, progress, label, team)
             plan = replace(plan, micro_batch=remembered(folder, find, team))
-        arguments = _arguments(plan, len(lesson.learned), folder, team)
-        with _moved(arguments.device, lesson.student, lesson.teacher), _trainable(lesson.student, plan):
-            start = {name: values.detach().clone() for name, values in student.trained().items()}
-            before = watch.usual = _judged(lesson, plan, arguments)  # as it came, whatever a checkpoint brings
-            trainer = _Trainer(lesson, student, arguments, watch, plan)
-            trainer.train(resume_from_checkpoint=team.everywhere(_last_whole(folder) if team.leads else None))
-            after = float(trainer.evaluate()["eval_loss"])
-            outcome = Outcome(before, after, int(trainer.state.global_step), watch.diverged)
-            if not outcome.better:
-                student.load_state_dict(start)
+        before = watch.usual = judge(lesson, plan, team)  # as it came, whatever a checkpoint brings
+        run = _run_split if plan.sharded and team.size > 1 else _run
+        outcome = run(lesson, plan, folder, watch, team, before)
     if team.leads:
         shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, label: str, team: Team) -> int:
+def _run(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Team, before: float) -> Outcome:
+    """Train the student as it is: with all of its weights in each process."""
+    student, arguments = (
+        Weights(lesson.student, lesson.projections),
+        _arguments(plan, len(lesson.learned), folder, team),
+    )
+    networks = lesson.student, lesson.teacher, lesson.projections
+    with lesson.ready(), _moved(arguments.device, *networks), trainable(lesson.student, plan):
+        start = {name: values.detach().clone() for name, values in student.trained().items()}
+        outcome = _steps(_Trainer(lesson, student, arguments, watch, plan), watch, team, before)
+        if not outcome.better:
+            student.put(start)
+    return outcome
+
+
+def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Team, before: float) -> Outcome:
+    """Train a copy of the student of which each process holds a part."""
+    with split(lesson, watch.label) as splitting:
+        copied = splitting.lesson
+        arguments = _arguments(plan, len(lesson.learned), folder, team, splitting.arguments)
+        student = Parts(copied.student, copied.projections)
+        with copied.ready(), _moved(arguments.device, lesson.teacher), trainable(copied.student, plan):
+            outcome = _steps(_Trainer(copied, student, arguments, watch, plan), watch, team, before)
+            if outcome.better:
+                splitting.put_together()
+    return outcome
+
+
+def _steps(trainer: _Trainer, watch: _Watch, team: Team, before: float) -> Outcome:
+    """Take the steps, from the last checkpoint on where there is one; return what came of it."""
+    schedule, folder = trainer.lesson.schedule, Path(str(trainer.args.output_dir))
+    last = team.everywhere(_last_whole(folder) if team.leads else None)
+    if last is not None:
+        check_parts(Path(last), split=bool(trainer.args.fsdp), label=watch.label)
+    trainer.train(resume_from_checkpoint=last)
+    after = float(trainer.evaluate()["eval_loss"])
+    taken, steps = int(trainer.state.global_step), int(trainer.state.max_steps)
+    settled = schedule is None or schedule.settled(taken, steps)
+    return Outcome(before, after, taken, watch.diverged, settled)
+
+
+def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: Team) -> int:
     """Return how many rows of its share of a step fit at once into one process."""
     longest = sorted(lesson.learned, key=lambda row: -sum(values.size for values in row.inputs.values()))[:2]
 
@@ -97,8 +134,8 @@ def _fitting(lesson: Lesson, plan: Plan, student: _Weights, progress: Progress, 
             return lesson.loss(collate(rows))
 
     dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
-    with _trainable(lesson.student, plan):
-        trained = sum(values.numel() for values in student.trained().values())
+    with lesson.ready(), trainable(lesson.student, plan):
+        trained = sum(values.numel() for values in Weights(lesson.student, lesson.projections).trained().values())
         free = free_bytes(lesson.student, lesson.teacher, sharing=team.local_size)
         if plan.memory is not None:
             free = plan.memory + COPIES * 4 * trained
@@ -111,14 +148,10 @@ def judge(lesson: Lesson, plan: Plan, team: Team = ALONE) -> float:
     plan = replace(plan, micro_batch=plan.micro_batch or JUDGED_AT_ONCE)
     with folder, lesson.ready(), quiet_transformers(), _quiet_trainer():
         arguments = _arguments(plan, len(lesson.learned), Path(folder.name), team)
-        with _moved(arguments.device, lesson.student, lesson.teacher):
-            return _judged(lesson, plan, arguments)
-
-
-def _judged(lesson: Lesson, plan: Plan, arguments: TrainingArguments) -> float:
-    """Return the loss on the rows held back, by a Trainer of its own: one that has judged does not wrap for DDP."""
-    trainer = _Trainer(lesson, _Weights(lesson.student), arguments, TrainerCallback(), plan)
-    return float(trainer.evaluate()["eval_loss"])
+        with _moved(arguments.device, lesson.student, lesson.teacher, lesson.projections):
+            student = Weights(lesson.student, lesson.projections)
+            # a Trainer of its own: one that has judged does not wrap for DDP
+            return float(_Trainer(lesson, student, arguments, TrainerCallback(), plan).evaluate()["eval_loss"])
 
 
 @contextmanager
@@ -148,7 +181,9 @@ def _last_whole(folder: Path) -> str | None:
     return None
 
 
-def _arguments(plan: Plan, num_rows: int, folder: Path, team: Team) -> TrainingArguments:
+def _arguments(
+    plan: Plan, num_rows: int, folder: Path, team: Team, splitting: Mapping[str, Any] | None = None
+) -> TrainingArguments:
     share = rows_of_one(plan.batch_size, team, "a training")
     micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= (plan.micro_batch or share))
     on_cpu = not torch.cuda.is_available()
@@ -185,38 +220,8 @@ def _arguments(plan: Plan, num_rows: int, folder: Path, team: Team) -> TrainingA
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=False,
+        **(splitting or {}),
     )
-
-
-class _Weights(nn.Module):
-    """Hold a network so that its checkpoints have what is trained, each tensor once, whatever class it is."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return the parameters that are trained, and buffers, by name."""
-        return {name: values.detach() for name, values in self.trained().items()} | {
-            name: values for name, values in self.network.named_buffers() if values.numel()
-        }
-
-    def trained(self) -> dict[str, Tensor]:
-        """Return the parameters that are trained by name."""
-        return {name: values for name, values in self.network.named_parameters() if values.requires_grad}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> Any:
-        """Put values back."""
-        held = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        with torch.no_grad():
-            for name, values in state_dict.items():
-                held[name].copy_(values)
-        return nn.modules.module._IncompatibleKeys([], [])
-
-    def forward(self, batch: dict[str, Any], loss: Callable[[dict[str, Any]], Tensor]) -> Tensor:
-        """Return the loss: what wraps this module (one process of many) sees each pass so."""
-        self.network.eval()  # no dropout: what is to be followed has none
-        return loss(batch)
 
 
 class _Trainer(Trainer):
@@ -231,11 +236,30 @@ class _Trainer(Trainer):
             train_dataset=Rows(lesson.learned, plan.batch_size),
             eval_dataset=Rows(lesson.judged, plan.batch_size),  # whole parts: no process judges others
             data_collator=collate,
-            callbacks=[EarlyStoppingCallback(plan.patience), watch],
+            callbacks=[
+                EarlyStoppingCallback(plan.patience),
+                watch,
+                *([_Scheduled(lesson.schedule)] if lesson.schedule else []),
+                *([ZerosStay(student)] if arguments.fsdp and plan.only is None else []),
+            ],
         )
         self.remove_callback(PrinterCallback)
         self.lesson = lesson
         self.model_accepts_loss_kwargs = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make what passes and steps go through."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            allow(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint; its folder is there before any process asks whether the best one's is."""
+        if self.args.fsdp:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(str(self.args.output_dir), folder).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -258,6 +282,26 @@ class _Trainer(Trainer):
         """Return nothing: our own tables say what a pass takes."""
         del inputs
         return 0
+
+
+class _Scheduled(TrainerCallback):
+    """Let a schedule change the student; only what is settled is judged, so that nothing else is the best."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Change the student."""
+        self.schedule.before_step(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the gradients."""
+        self.schedule.before_update()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Put judging off."""
+        if not self.schedule.settled(state.global_step, state.max_steps):
+            control.should_evaluate = False
 
 
 class _Watch(TrainerCallback):
@@ -310,35 +354,6 @@ class _Watch(TrainerCallback):
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-@contextmanager
-def _trainable(network: nn.Module, plan: Plan) -> Iterator[None]:
-    """Let what the plan says be trained while the `with` lasts, and nothing else; weights that are zero stay so."""
-    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
-    still = {
-        id(part) for module in network.modules() if isinstance(module, plan.frozen) for part in module.parameters()
-    }
-    if plan.only is not None:
-        still = {id(part) for name, part in network.named_parameters() if name not in plan.only}
-    handles = []
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in still)
-        if plan.only is not None or not parameter.requires_grad or parameter.ndim < 2:
-            continue
-        zeros = parameter.detach() == 0
-        if bool(zeros.any()):
-            stays = ~zeros
-            keep = partial(torch.mul, stays)
-            handles.append(parameter.register_hook(keep))  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = None
 
 
 @contextmanager

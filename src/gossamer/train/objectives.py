@@ -4,25 +4,30 @@ With p the teacher's and q the student's distribution at temperature T, over N p
 padding):
 
     logits   T^2 / N  sum_n D(p_n, q_n)     D = KL(p || q) (Hinton et al., "Distilling the Knowledge in a Neural
-             Network", 2015), KL(q || p) (Gu et al., "MiniLLM", 2024), or the mean of both to (p + q) / 2
+             Network", 2015), KL(q || p) (Gu et al., "MiniLLM", 2024), or the mean of both to (p + q) / 2; with top_k
+             over the teacher's k most likely classes and the others as one (without that one, the rest's share would
+             be given to the k: Anshumann et al., "Sparse Logit Sampling", 2025)
     hidden   mean over blocks l of |h_l - t_m(l)|^2 / |t_m(l)|^2, h the student's and t the teacher's block outputs
-             (Romero et al., "FitNets", 2015; Sun et al., "Patient Knowledge Distillation", 2019), m the map of blocks
+             (Romero et al., "FitNets", 2015; Sun et al., "Patient Knowledge Distillation", 2019), m the map of blocks;
+             a narrower h goes through a linear map first (`projections.py`)
     labels   the task's own loss
+
+Attention is in `attention.py`.
 
 Dividing by the teacher's own size makes blocks of any width and depth count alike, so one weight fits all models.
 
-Shape suffixes: N predictions, V classes or tokens, D hidden width.
+Shape suffixes: N predictions, V classes or tokens, K the most likely of them, D hidden width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.tasks.base import Batch
 from gossamer.train.rows import Lengths
@@ -32,13 +37,18 @@ Divergence = Literal["forward", "reverse", "js"]
 
 @dataclass(frozen=True)
 class Seen:
-    """Hold one pass of both models: outputs, block outputs in the order of the student's blocks, and the rows."""
+    """Hold one pass of both models: outputs, block outputs in the order of the student's blocks, and the rows.
+
+    `student_layers` and `teacher_layers` are the outputs of layers that objectives look at, by name.
+    """
 
     student: Tensor
     teacher: Tensor | None
     student_hidden: Sequence[Tensor]
     teacher_hidden: Sequence[Tensor]
     rows: Sequence[Batch]
+    student_layers: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_layers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Lengths:
@@ -62,23 +72,30 @@ class Logits:
 
     divergence: Divergence = "forward"
     temperature: float = 1.0
+    top_k: int | None = None
     needs_teacher: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
 
     def __call__(self, seen: Seen) -> Tensor:
         """Return the mean divergence in nats times the square of the temperature."""
         assert seen.teacher is not None
-        log_p, log_q = (
-            torch.log_softmax(seen.lengths.valid(logits).float() / self.temperature, -1)
-            for logits in (seen.teacher, seen.student)
+        theirs_NV, ours_NV = (
+            seen.lengths.valid(logits).float() / self.temperature for logits in (seen.teacher, seen.student)
         )
+        if self.top_k is None or self.top_k >= theirs_NV.shape[-1]:
+            log_p, log_q = theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1)
+        else:
+            top_NK = theirs_NV.topk(self.top_k, -1).indices
+            log_p, log_q = with_the_rest_as_one(theirs_NV, top_NK), with_the_rest_as_one(ours_NV, top_NK)
         return self.temperature**2 * divergence(log_p, log_q, self.divergence)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Follow the teacher's block outputs."""
+    """Follow the teacher's block outputs; `projections` lead to their widths, along `axes`, where those differ."""
 
+    projections: nn.ModuleList | None = None
+    axes: tuple[int | None, ...] = ()
     needs_teacher: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = True
 
@@ -86,7 +103,9 @@ class Hidden:
         """Return the mean over blocks of the squared distance as a share of the teacher's square."""
         lengths = seen.lengths
         shares = []
-        for ours, theirs in zip(seen.student_hidden, seen.teacher_hidden, strict=True):
+        for index, (ours, theirs) in enumerate(zip(seen.student_hidden, seen.teacher_hidden, strict=True)):
+            if self.projections is not None and (axis := self.axes[index]) is not None:
+                ours = self.projections[index](ours.movedim(axis, -1)).movedim(-1, axis)
             ours_ND, theirs_ND = lengths.valid(ours).float(), lengths.valid(theirs).float()
             shares.append((ours_ND - theirs_ND).square().sum() / theirs_ND.square().sum())
         return torch.stack(shares).mean()
@@ -109,6 +128,17 @@ class Labels:
             for index, row in enumerate(seen.rows)
         ]
         return torch.stack(found).mean()
+
+
+def with_the_rest_as_one(logits_NV: Tensor, top_NK: Tensor) -> Tensor:
+    """Return the log-probabilities of some classes, and behind them that of all others together, [N, K + 1].
+
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> with_the_rest_as_one(logits, torch.tensor([[0]])).exp()
+    tensor([[0.5000, 0.5000]])
+    """
+    rest_N1 = logits_NV.scatter(-1, top_NK, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits_NV.gather(-1, top_NK), rest_N1], -1) - logits_NV.logsumexp(-1, keepdim=True)
 
 
 def divergence(log_p_NV: Tensor, log_q_NV: Tensor, kind: Divergence) -> Tensor:

@@ -82,8 +82,14 @@ class Lengths:
         """Return the rows of values [B, T, C] that are no padding, as [N, C]; [B, C] and images stay as they are."""
         if values.ndim != 3 or values.shape[1] not in self.by_width:
             return values.flatten(0, -2) if values.ndim <= 3 else values.flatten(1)
-        lengths = torch.tensor(self.by_width[values.shape[1]], device=values.device)
-        return values[torch.arange(values.shape[1], device=values.device) < lengths[:, None]]
+        return values[self.real(values.shape[1], values.device)]
+
+    def real(self, width: int, device: torch.device) -> Tensor | None:
+        """Return which of `width` places of each row are no padding, [B, T]; None where none of them can be."""
+        if width not in self.by_width:
+            return None
+        lengths_B = torch.tensor(self.by_width[width], device=device)
+        return torch.arange(width, device=device) < lengths_B[:, None]
 
 
 def _may_pad(name: str, names: Sequence[str], rows: Sequence[Batch]) -> bool:

@@ -19,8 +19,8 @@ from gossamer.run.workspace import Run
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context
 from gossamer.techniques.distill.distill import Distill
+from gossamer.techniques.followed import paired
 from gossamer.techniques.prune.prune import Prune
-from gossamer.techniques.training import paired
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened = TINY["logits"], TINY["opened"]

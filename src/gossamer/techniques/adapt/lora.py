@@ -37,6 +37,8 @@ from gossamer.techniques.base import Context, Needs, SearchSpace, Technique
 from gossamer.techniques.prune.masks import has_masks
 from gossamer.techniques.training import TrainingTechnique
 
+PROJECTIONS = "projections."  # before their names among what was learned
+
 
 class Lora(ThinLayers, TrainingTechnique):
     """Train thin layers beside the linear layers inside blocks, whose own weights stand still.
@@ -84,9 +86,11 @@ class Lora(ThinLayers, TrainingTechnique):
             for name in names:
                 put_adapter(candidate.module, name, values[f"{name}.up"], values[f"{name}.down"])
         elif found["kept"]:
-            self._merge(
-                candidate, model, context, {f"{name}.weight": values[f"{name}.merged"] for name in names}, found
-            )
+            weights = {f"{name}.weight": values[f"{name}.merged"] for name in names}
+            leads = {
+                name.removeprefix(PROJECTIONS): value for name, value in values.items() if name.startswith(PROJECTIONS)
+            }
+            self._merge(candidate, model, context, weights, leads, found)
         candidate.applied.append(self.entry())
         return candidate
 
@@ -142,6 +146,8 @@ class Lora(ThinLayers, TrainingTechnique):
                     values[f"{name}.merged"] = adapter.merged
                 else:
                     values |= {f"{name}.up": adapter.up_OR, f"{name}.down": adapter.down_RI}
+        if self.merge and lesson.projections is not None:  # what is merged is judged by the same
+            values |= {PROJECTIONS + name: value.detach() for name, value in lesson.projections.state_dict().items()}
         return self._told(outcome, lesson, context, otherwise="nothing is changed"), values
 
     def _merge(
@@ -150,6 +156,7 @@ class Lora(ThinLayers, TrainingTechnique):
         model: ModelMap,
         context: Context,
         values: Mapping[str, Tensor],
+        leads: Mapping[str, Tensor],
         found: Mapping[str, Any],
     ) -> None:
         """Put other weights in place: zero where masks were, rounded again where there were codes."""
@@ -167,7 +174,7 @@ class Lora(ThinLayers, TrainingTechnique):
         _round_again(candidate, model, replace(context, identity=identity), codes)
         moved = sum(int((candidate.quantized[name].codes != before.codes).sum()) for name, before in codes.items())
         share = moved / sum(before.codes.numel() for before in codes.values())
-        after = self._loss(candidate, context)
+        after = self._loss(candidate, context, leads)
         stays = "" if after < found["before"] else ": nothing is left of the gain, so the codes stay as they were"
         context.progress.say(
             f"{self.name}: merged and rounded again, {share:.1%} of the codes moved: loss {after:.3e} where it was "
@@ -177,11 +184,14 @@ class Lora(ThinLayers, TrainingTechnique):
             for name, before in codes.items():
                 candidate.set_quantized(name, before)
 
-    def _loss(self, candidate: Candidate, context: Context) -> float:
-        """Return the loss on the rows held back."""
+    def _loss(self, candidate: Candidate, context: Context, leads: Mapping[str, Tensor]) -> float:
+        """Return the loss on the rows held back, `leads` being the values of projections that were trained with."""
         from gossamer.train.loop import judge
 
-        return judge(self._lesson(candidate, context), self._plan(context), context.team)
+        lesson = self._lesson(candidate, context)
+        if lesson.projections is not None:
+            lesson.projections.load_state_dict(dict(leads))
+        return judge(lesson, self._plan(context), context.team)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

@@ -55,7 +55,7 @@ class Distill(TrainingTechnique):
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
         self._check(candidate, context)
-        _, values = self._learned(candidate, context, partial(self._trained, candidate, context))
+        _, values = self._learned(candidate, context, partial(self._trained, candidate, model, context))
         _put(candidate.module, values)
         candidate.applied.append(self.entry())
         return candidate
@@ -76,7 +76,7 @@ class Distill(TrainingTechnique):
         return replace(plan, frozen=()) if trained else plan
 
     def _trained(
-        self, candidate: Candidate, context: Context, checkpoints: Path
+        self, candidate: Candidate, model: ModelMap, context: Context, checkpoints: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train in place, and return what came of it: the loss, and the values."""
         from gossamer.train.loop import train  # transformers' Trainer takes seconds to import
@@ -84,9 +84,8 @@ class Distill(TrainingTechnique):
         lesson = self._lesson(candidate, context)
         plan = self._plan_of(candidate, context)
         outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
-        return self._told(outcome, lesson, context, otherwise="the weights stay as they were"), _values(
-            candidate.module
-        )
+        told = self._told(outcome, lesson, context, otherwise="the weights stay as they were")
+        return told, values_of(candidate.module)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
@@ -102,7 +101,8 @@ class Distill(TrainingTechnique):
         return cls.model_validate({})
 
 
-def _values(module: nn.Module) -> dict[str, Tensor]:
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the values of all parameters, by name."""
     return {name: values.detach().contiguous() for name, values in module.named_parameters()}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from gossamer.errors import TechniqueError
 
 Pattern = tuple[int, int]
-MASKING = ("sparsify",)  # steps that take weights out one by one, whatever their settings
+MASKING = ("sparsify", "gradual")  # steps that take weights out one by one, whatever their settings
 
 
 def read_pattern(text: str) -> Pattern:
@@ -59,8 +59,12 @@ def check_pattern(pattern: Pattern, num_inputs: int, name: str) -> None:
         )
 
 
-def kept(scores_OI: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
+def kept(
+    scores_OI: Tensor, sparsity: float, pattern: Pattern | None = None, *, ties_OI: Tensor | None = None
+) -> Tensor:
     """Return what stays, bool [O, I]: the largest scores of each row, or of each m neighbours.
+
+    Of equal scores those stay that are largest in `ties_OI`, or come first.
 
     >>> kept(torch.tensor([[3.0, 1.0, 2.0, 0.5]]), 0.5).tolist()
     [[True, False, True, False]]
@@ -71,8 +75,12 @@ def kept(scores_OI: Tensor, sparsity: float, pattern: Pattern | None = None) -> 
     else:
         check_pattern(pattern, num_inputs, "the layer")
         groups, count = scores_OI.reshape(-1, pattern[1]), pattern[0]
-    order = torch.argsort(groups, dim=1, descending=True, stable=True)[:, :count]
-    mask = torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, order, True)
+    if ties_OI is None:
+        order = torch.argsort(groups, dim=1, descending=True, stable=True)
+    else:
+        second = torch.argsort(ties_OI.reshape(groups.shape), dim=1, descending=True, stable=True)
+        order = second.gather(1, torch.argsort(groups.gather(1, second), dim=1, descending=True, stable=True))
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :count], True)
     return mask.reshape(num_rows, num_inputs)
 
 

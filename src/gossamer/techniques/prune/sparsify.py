@@ -6,7 +6,7 @@ Later steps keep it: a weight that is exactly zero stays so when it is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -67,21 +67,7 @@ class Sparsify(BlockTechnique):
 
         Raises RecipeError for a pattern that matches nothing, TechniqueError for an n:m that does not divide.
         """
-        ignored = {layer.name for layer in layers_matching(model, self.ignore, "ignore")} if self.ignore else set()
-        decisions = [
-            Decision(parameter=f"{layer.name}.weight", layer=layer)
-            for layer in layers_matching(model, self.targets, "targets")
-            if layer.kind == "linear" and layer.stack is not None and not layer.tied_to and layer.name not in ignored
-        ]
-        if not decisions:
-            raise RecipeError(
-                f"{self.name} matches no linear layer inside a block: targets {list(self.targets)}",
-                "loosen `targets` or `ignore`",
-            )
-        for decision in decisions:
-            if self.pattern:
-                check_pattern(read_pattern(self.pattern), num_inputs(decision.layer), decision.layer.name)
-        return decisions
+        return sparse_decisions(model, self.name, self.pattern, targets=self.targets, ignore=self.ignore)
 
     def label(self) -> str:
         """Return how much goes and by what: `sparsify 2:4 by wanda`."""
@@ -119,6 +105,30 @@ class Sparsify(BlockTechnique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: a mask makes no file smaller and no runtime here faster, so no goal asks for it."""
         yield from ()
+
+
+def sparse_decisions(
+    model: ModelMap, technique: str, pattern: str, *, targets: Sequence[str], ignore: Sequence[str]
+) -> list[Decision]:
+    """Return one decision for each matched linear layer inside a block that owns its weight.
+
+    Raises RecipeError for a pattern that matches nothing, TechniqueError for an n:m that does not divide.
+    """
+    ignored = {layer.name for layer in layers_matching(model, ignore, "ignore")} if ignore else set()
+    decisions = [
+        Decision(parameter=f"{layer.name}.weight", layer=layer)
+        for layer in layers_matching(model, targets, "targets")
+        if layer.kind == "linear" and layer.stack is not None and not layer.tied_to and layer.name not in ignored
+    ]
+    if not decisions:
+        raise RecipeError(
+            f"{technique} matches no linear layer inside a block: targets {list(targets)}",
+            "loosen `targets` or `ignore`",
+        )
+    for decision in decisions:
+        if pattern:
+            check_pattern(read_pattern(pattern), num_inputs(decision.layer), decision.layer.name)
+    return decisions
 
 
 def _reshaped(rows_OI: Tensor, weight: Tensor, transposed: bool) -> Tensor:

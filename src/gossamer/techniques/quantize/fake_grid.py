@@ -30,9 +30,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from gossamer.models.levels import tensor_scale
+from gossamer.models.parametrized import parametrized
 from gossamer.models.quantized import Quantized, rows_of
 from gossamer.models.straight_through import straight_through
 from gossamer.techniques.quantize.grid import storable
@@ -106,43 +106,14 @@ def fake_grids(
     ...     found = grid.rounded(position)
     """
     grids = {}
-    holders: dict[str, list[tuple[nn.Module, str]]] = {}
-    orders: dict[nn.Module, list[str]] = {}
     for name, held in codes.items():
-        parameter = network.get_parameter(name)
-        holders[name] = _holders(network, parameter)
-        grid = FakeGrid(held, reach=reach, masked=masked)
+        grids[name] = FakeGrid(held, reach=reach, masked=masked)
         with torch.no_grad():
-            parameter.copy_(grid.position())
-        grids[name] = (parameter, grid)
-        for module, local in holders[name]:
-            orders.setdefault(module, list(module._parameters))
-            parametrize.register_parametrization(module, local, grid, unsafe=True)
+            network.get_parameter(name).copy_(grids[name].position())
     try:
-        yield grids
+        with parametrized(network, grids) as positions:
+            yield {name: (position, grids[name]) for name, position in positions.items()}
     finally:
-        for name, places in holders.items():
-            for module, local in places:
-                parametrize.remove_parametrizations(module, local, leave_parametrized=False)
-            with torch.no_grad():
-                network.get_parameter(name).copy_(codes[name].dequantize())
-        for module, order in orders.items():
-            _put_in_order(module, order)
-
-
-def _holders(network: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Return every module that holds a parameter, with its name there: two of a tied one."""
-    return [
-        (module, local)
-        for module in network.modules()
-        for local, held in module.named_parameters(recurse=False)
-        if held is parameter
-    ]
-
-
-def _put_in_order(module: nn.Module, names: list[str]) -> None:
-    """Register parameters again in the order that they had: files list them so."""
-    for name in names:
-        parameter = module.get_parameter(name) if getattr(module, name) is not None else None
-        delattr(module, name)
-        module.register_parameter(name, parameter)
+        with torch.no_grad():
+            for name, held in codes.items():
+                network.get_parameter(name).copy_(held.dequantize())
