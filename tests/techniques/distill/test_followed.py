@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import runpy
 from pathlib import Path
@@ -133,7 +134,7 @@ def _losses(step: Distill, candidate: Candidate, model: Any, context: Context) -
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        found, _ = step._trained(candidate, context, Path(folder))
+        found, _ = step._trained(candidate, model, context, Path(folder))
     return found["before"], found["after"]
 
 
@@ -163,20 +164,25 @@ def test_thin_layers_beside_rounded_weights_learn_from_relations() -> None:
 def test_what_is_merged_is_judged_by_the_projections_that_were_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.train import loop
 
-    judged = []
-    monkeypatch.setattr(loop, "judge", lambda lesson, *_: judged.append(lesson.projections) or 0.0)
+    judged, plain = [], loop.judge
+
+    def noted(lesson: Any, *others: Any) -> float:
+        judged.append(copy.deepcopy(lesson.projections))
+        return plain(lesson, *others)
+
+    monkeypatch.setattr(loop, "judge", noted)
     candidate, model, context = cut(llama(2), WIDTH)
     rounded = Quantize.model_validate({"bits": 4})
     candidate = rounded.apply(candidate, model, context)
     step = Lora.model_validate({**SHORT, "epochs": 1, "rank": 4, "merge": True, "projection": "learned", "rate": 5e-3})
     start = step._lesson(candidate, context).projections
     step.apply(candidate, model, context)
-    assert len(judged) == 1
-    assert not any(
-        torch.equal(now, before) for now, before in zip(judged[0].parameters(), start.parameters(), strict=True)
-    )
+    assert len(judged) == 2  # before a step was taken, and what is merged
+    first, merged = (list(one.parameters()) for one in judged)
+    assert all(torch.equal(now, before) for now, before in zip(first, start.parameters(), strict=True))
+    assert not any(torch.equal(now, before) for now, before in zip(merged, start.parameters(), strict=True))
     refitted = step._lesson(candidate, context).projections
-    assert not torch.equal(judged[0][0].weight, refitted[0].weight)
+    assert not torch.equal(judged[1][0].weight, refitted[0].weight)
 
 
 @pytest.mark.parametrize(
