@@ -30,6 +30,7 @@ from gossamer.measure.machine import usable_cores
 HERE = Path(__file__).parent
 ROUND = "- quantize: {bits: 4, group_size: 64, symmetric: false, scale: minmax}\n"
 SOLVE = "- gptq: {bits: 4, group_size: 64}\n"
+EVALUATED = 16  # rows that the proof is shown on, besides
 PEAK = """
 import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:])
@@ -134,9 +135,9 @@ def main() -> int:
     rows = [row_of("cp", copies, copies), row_of("int4 group 64, plain", rounded, copies)]
     if arguments.gptq:
         samples, tokens = arguments.gptq
-        data = text_rows(work / "rows.jsonl", samples + 2, 4 * tokens)
+        data = text_rows(work / "rows.jsonl", samples + EVALUATED, tokens)
         more = ["--data", str(data), "--set", f"context={tokens}", "--calibration-rows", str(samples)]
-        more += ["--eval-rows", "1"]
+        more += ["--eval-rows", str(EVALUATED)]
         solved = applied(model, work, SOLVE, arguments.gptq_memory, more)
         rows.append(row_of(f"int4 group 64, GPTQ, {samples} x {tokens} tokens", [solved], copies))
     text = (
