@@ -50,7 +50,7 @@ from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
 from gossamer.train.lesson import Lesson, Outcome, Plan, Schedule, rows_of_one
 from gossamer.train.rows import Rows, collate
-from gossamer.train.sharded import ZerosStay, allow, check_parts, split
+from gossamer.train.sharded import ZerosStay, allow, check_same_way, split
 from gossamer.train.weights import Parts, Weights, trainable
 
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
@@ -108,7 +108,7 @@ def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Te
         with copied.ready(), _moved(arguments.device, lesson.teacher), trainable(copied.student, plan):
             outcome = _steps(_Trainer(copied, student, arguments, watch, plan), watch, team, before)
             if outcome.better:
-                splitting.put_together()
+                splitting.put_together(student)
     return outcome
 
 
@@ -117,7 +117,7 @@ def _steps(trainer: _Trainer, watch: _Watch, team: Team, before: float) -> Outco
     schedule, folder = trainer.lesson.schedule, Path(str(trainer.args.output_dir))
     last = team.everywhere(_last_whole(folder) if team.leads else None)
     if last is not None:
-        check_parts(Path(last), split=bool(trainer.args.fsdp), label=watch.label)
+        check_same_way(Path(last), split=bool(trainer.args.fsdp), label=watch.label)
     trainer.train(resume_from_checkpoint=last)
     after = float(trainer.evaluate()["eval_loss"])
     taken, steps = int(trainer.state.global_step), int(trainer.state.max_steps)
@@ -253,6 +253,11 @@ class _Trainer(Trainer):
         if self.args.fsdp:
             allow(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; of split weights a checkpoint has them beside the optimizer's state already."""
+        if not self.args.fsdp:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint; its folder is there before any process asks whether the best one's is."""

@@ -4,8 +4,9 @@ Every process holds its part of the student's weights, of their gradients and of
 only while it is passed (Rajbhandari et al., "ZeRO", 2020, section 5; Zhao et al., "PyTorch FSDP", 2023). What is split
 is a copy of the student, whose values are put together at the end; the original is whole in each process.
 
-Checkpoints are in parts too (torch.distributed.checkpoint), and are put together anew for another number of processes.
-Accelerate splits between GPUs; what it does is the same on CPUs, where it is asked to do it here.
+Checkpoints are whole, put together in main memory by process 0, and split anew for the processes that go on. Those in
+parts (torch.distributed.checkpoint) would be written faster, and are read through pickle. Accelerate splits between
+GPUs; what it does is the same on CPUs, where it is asked to do it here.
 """
 
 from __future__ import annotations
@@ -42,18 +43,23 @@ class Splitting:
         """Return what TrainingArguments are told: split, block by block."""
         student = self.lesson.student
         classes = sorted({type(student.get_submodule(name)).__name__ for name in find_stacks(student)[1]})
-        config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+        config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
         return {"fsdp": True, "fsdp_config": {**config, "transformer_layer_cls_to_wrap": classes}}
 
-    def put_together(self) -> None:
-        """Give the whole student the values of its split copy; all processes take part."""
+    def put_together(self, trained: nn.Module) -> None:
+        """Give the whole student the values of its split copy, inside of what was trained; all processes take part.
+
+        Raises RuntimeError where the copy is not split: what was asked for has not been done.
+        """
         from torch.distributed.tensor import DTensor
 
-        reshard(self.lesson.student)
+        reshard(trained)
         held = dict(self.whole.named_parameters())
         with torch.no_grad():
             for name, values in self.lesson.student.named_parameters():
-                held[name].copy_(values.full_tensor() if isinstance(values, DTensor) else values)
+                if not isinstance(values, DTensor):
+                    raise RuntimeError(f"{name} was not split between processes")
+                held[name].copy_(values.full_tensor())
 
 
 @contextmanager
@@ -78,14 +84,14 @@ def split(lesson: Lesson, label: str) -> Iterator[Splitting]:
         os.environ.update(variables)
 
 
-def check_parts(checkpoint: Path, *, split: bool, label: str) -> None:
-    """Raise TechniqueError where a checkpoint in parts is to be gone on from by one process, or a whole one by several.
+def check_same_way(checkpoint: Path, *, split: bool, label: str) -> None:
+    """Raise TechniqueError where a checkpoint of split weights is to be gone on from by one process, or the reverse.
 
-    Between numbers of processes from two up parts are put together anew by themselves.
+    Between numbers of processes from two up weights are split anew by themselves.
     """
-    in_parts = any(checkpoint.glob(f"{FSDP_MODEL_NAME}_*"))
-    if in_parts != split:
-        wrote, now = ("several processes", "one") if in_parts else ("one process", "several")
+    was_split = any(checkpoint.glob(f"{FSDP_MODEL_NAME}*"))
+    if was_split != split:
+        wrote, now = ("several processes", "one") if was_split else ("one process", "several")
         raise TechniqueError(
             f"{label} was begun with sharding: fsdp by {wrote}, and is to go on in {now}: {checkpoint}",
             f"start {wrote} again, or remove that folder's parent to begin the training anew",
@@ -107,12 +113,14 @@ def reshard(network: nn.Module) -> None:
 
 def allow(accelerator: Any, plugin_arguments: Mapping[str, Any]) -> None:
     """Have an Accelerator split on CPUs too, and compute as one process does: autocast says what is rounded."""
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # what it is set to whenever asked for
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_arguments)
     state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 

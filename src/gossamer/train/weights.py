@@ -58,7 +58,7 @@ class Weights(nn.Module):
 
 
 class Parts(Weights):
-    """The same of a network that is split between processes: checkpoints have each one's part of every parameter."""
+    """The same of a network that is split between processes: what puts its checkpoints together knows its own names."""
 
     state_dict = nn.Module.state_dict
     load_state_dict = nn.Module.load_state_dict
