@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,6 +73,23 @@ def distance_from(original: nn.Module, candidate: Candidate) -> float:
             p, q = (logits(module, inputs).log_softmax(-1) for module in (original, candidate.module))
         total += float((p.exp() * (p - q)).sum(-1).mean())
     return total / 40
+
+
+def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Have a training end as by Ctrl-C behind a step; return a list that holds the step once it was reached."""
+    from gossamer.train import loop
+
+    reached: list[int] = []
+    before: Callable[..., None] = loop._Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        before(self, args, state, control, **more)
+        if state.global_step == step:
+            reached.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
+    return reached
 
 
 def llama(num_layers: int = 2, *, tied: bool = True) -> LlamaForCausalLM:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from gossamer.techniques.prune.prune import Prune
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 logits, opened = TINY["logits"], TINY["opened"]
-rows, llama = TINY["rows_to_learn"], TINY["llama"]
+rows, llama, stop_at_step = TINY["rows_to_learn"], TINY["llama"], TINY["stop_at_step"]
 SHORT: dict[str, Any] = {"epochs": 4, "batch_size": 8, "rate": 5e-4, "precision": "fp32", "labels": 0}
 
 
@@ -116,7 +115,7 @@ class _Said:
 
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _distilled(tmp_path / "whole")
-    stopped = _stop_at_step(monkeypatch, 10)
+    stopped = stop_at_step(monkeypatch, 10)
     with pytest.raises(KeyboardInterrupt):
         _distilled(tmp_path / "cut")
     monkeypatch.undo()
@@ -133,25 +132,9 @@ def _distilled(folder: Path) -> dict[str, Tensor]:
         return Distill.model_validate(SHORT).apply(candidate, model, context).module.state_dict()
 
 
-def _stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
-    from gossamer.train import loop
-
-    reached: list[int] = []
-    before: Callable[..., None] = loop._Watch.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        before(self, args, state, control, **more)
-        if state.global_step == step:
-            reached.append(step)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
-    return reached
-
-
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _distilled(tmp_path / "whole")
-    _stop_at_step(monkeypatch, 10)
+    stop_at_step(monkeypatch, 10)
     with pytest.raises(KeyboardInterrupt):
         _distilled(tmp_path / "cut")
     monkeypatch.undo()

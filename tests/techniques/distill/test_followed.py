@@ -85,17 +85,8 @@ def test_projections_that_stand_still_do_and_learned_ones_move(monkeypatch: pyte
 def test_a_run_with_learned_projections_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gossamer.train import loop
-
     whole = _distilled(tmp_path / "whole")
-    before = loop._Watch.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        before(self, args, state, control, **more)
-        if state.global_step == 10:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
+    TINY["stop_at_step"](monkeypatch, 10)
     with pytest.raises(KeyboardInterrupt):
         _distilled(tmp_path / "cut")
     monkeypatch.undo()

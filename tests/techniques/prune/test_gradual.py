@@ -171,19 +171,13 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
             return dict(made(gradual(by=by), run=run).module.state_dict())
 
     whole = run_in(tmp_path / "whole")
-    before: Callable[..., None] = loop._Watch.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        before(self, args, state, control, **more)
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Watch, "on_step_end", stop)
+    TINY["stop_at_step"](monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "cut")
     monkeypatch.undo()
     assert any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
     first: list[int] = []
+    before: Callable[..., None] = loop._Watch.on_step_end
 
     def began(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         first.append(state.global_step)

@@ -87,22 +87,13 @@ def test_a_run_that_is_there_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gossamer.train import loop
-
     def run_in(folder: Path) -> dict[str, Tensor]:
         with Run(folder, {"verb": "test"}) as run:
             candidate = made([GPTQ, QAT], run=run, identity={"model": "tiny"})
         return {name: values.clone() for name, values in candidate.module.state_dict().items()}
 
     whole = run_in(tmp_path / "whole")
-    ended = loop._Watch.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        ended(self, args, state, control, **more)
-        if state.global_step == 12:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Watch, "on_step_end", stop)
+    TINY["stop_at_step"](monkeypatch, 12)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "cut")
     monkeypatch.undo()
