@@ -26,14 +26,15 @@ class Material:
     """Hold what a peer may use: the model's folder, its float32 ONNX graph, calibration inputs, and where rows lie.
 
     `graph` is a folder with `model.onnx` (None while it is being made); `inputs` an .npz with arrays
-    `INDEX.NAME` [1, tokens]; `data` and `evaluation` the row files that the inputs were read from.
+    `INDEX.NAME` [1, tokens]; `data` and `evaluation` the row files that the inputs were read from (`evaluation` None:
+    held out from `data`).
     """
 
     model: str
     graph: str | None
     inputs: str
     data: str
-    evaluation: str
+    evaluation: str | None
     task: str
     task_settings: Mapping[str, Any]
     calibration_rows: int
