@@ -74,9 +74,10 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
         settings = {"bits": bits, **calibrated, "steps": num_steps}
         name = f"int{bits} g64, learned_rounding, {num_steps} steps"
         found.append(Gossamer("torch", ({"learned_rounding": settings}, embedding), name))
-    for name, settings in (("gptq", {}), ("learned_rounding", {"steps": steps[-1]})):
-        recipe = ({name: {"bits": 4, **calibrated, **settings}}, embedding, tuned)
-        title = f"mixed g64, {name}, tune_scales"
+    learned: dict[str, Any] = {"learned_rounding": {"bits": 4, **calibrated, "steps": steps[-1]}}
+    solved: dict[str, Any] = {"gptq": {"bits": 4, **calibrated}}
+    for recipe in ((solved, embedding), (solved, embedding, tuned), (learned, embedding, tuned)):
+        title = ", ".join(["mixed g64", *recipe[0], *(["tune_scales"] if tuned in recipe else [])])
         found += [GossamerOfSize("torch", recipe, title, megabytes=size) for size in SIZES]
     return found
 

@@ -66,6 +66,20 @@ def test_not_contiguous_inputs_arrive_whole(served: Served) -> None:
     np.testing.assert_array_equal(outputs["logits"], served.run({"x": np.ascontiguousarray(x)})["logits"])
 
 
+def test_kept_artifacts_answer_again_without_being_read(folder: Path, tmp_path: Path) -> None:
+    other, x = tmp_path / "other", np.ones((1, 5), dtype=np.float32)
+    other.mkdir()
+    save_file({"weight": np.full((3, 5), 2, dtype=np.float32)}, other / "model.safetensors")
+    with Served(RUNTIME, folder, threads=1, timeout=60) as fresh:
+        for _ in range(2):
+            fresh.reopen(other, keep=True)
+            assert fresh.run({"x": x})["logits"].tolist() == [[10, 10, 10]]
+            (other / "model.safetensors").unlink(missing_ok=True)
+            fresh.reopen(folder, keep=True)
+        with pytest.raises(MeasureError):
+            fresh.reopen(other)
+
+
 def test_large_inputs_pass_the_pipe_both_ways(served: Served) -> None:
     x = np.ones((200_000, 5), dtype=np.float32)
     assert served.run({"x": x})["logits"].shape == (200_000, 3)

@@ -35,6 +35,7 @@ from gossamer.techniques.base import Decision, Technique
 EVALUATION = "evaluation.safetensors"
 INPUT = "x"
 REPEATS, ROUNDS = 20, 5
+KEPT_OPEN = 1 << 30  # bytes of layers that stay open together while they are timed
 
 
 @dataclass(frozen=True)
@@ -262,12 +263,14 @@ def _layer_seconds(job: Job, formats: Mapping[LayerFormat, Path]) -> dict[LayerF
 
 def _time_in_rounds(job: Job, formats: Mapping[LayerFormat, Path]) -> list[float]:
     found: dict[LayerFormat, list[float]] = {layer_format: [] for layer_format in formats}
+    files = (path for folder in formats.values() for path in folder.rglob("*") if path.is_file())
+    keep = sum(path.stat().st_size for path in files) <= KEPT_OPEN
     with job.progress.stage(f"timing layers in {job.runtime.name}", ROUNDS * len(formats)) as advance:
         served = Served(job.runtime.name, next(iter(formats.values())), threads=job.threads)
         with served:
             for _ in range(ROUNDS):
                 for layer_format, folder in formats.items():
-                    served.reopen(folder)
+                    served.reopen(folder, keep=keep)
                     example = np.random.default_rng(0).standard_normal(layer_format.input_shape).astype(np.float32)
                     found[layer_format].append(min(served.time({INPUT: example}, REPEATS, warmup=3)))
                     advance(1)

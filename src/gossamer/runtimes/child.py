@@ -97,6 +97,7 @@ class Server:
 
     def __init__(self) -> None:
         self.session: Session | None = None
+        self.kept: dict[str, Session] = {}  # those that stay open behind the one that answers, by folder
         self.timed_inputs: Arrays = {}
         self.figures: dict[str, Any] = {}
         self.queued: list[Arrays] = []
@@ -111,7 +112,13 @@ class Server:
         }
 
     def open(self, header: Header, payload: bytes) -> tuple[Header, Arrays]:
-        """Open the artifact in `folder` with `runtime`, `threads` and the task, noting memory before and after."""
+        """Open the artifact in `folder` with `runtime`, `threads` and the task, noting memory before and after.
+
+        One that was opened with `keep` answers again at once.
+        """
+        if header["keep"] and header["folder"] in self.kept:
+            self.session = self.kept[header["folder"]]
+            return {"ok": True}, {}
         runtime = load_runtime(header["runtime"])
         task = None
         if header["task"] is not None:
@@ -127,6 +134,8 @@ class Server:
         else:
             assert task is not None
             self.session = runtime.open_streamed(folder, threads=threads, task=task, budget=header["budget"])
+        if header["keep"]:
+            self.kept[header["folder"]] = self.session
         peak_open = peak_bytes()
         release_unused()
         after_open = resident_bytes()

@@ -99,9 +99,12 @@ class Served:
         """Return the child's process id."""
         return self._process.pid
 
-    def reopen(self, folder: Path) -> None:
-        """Open another artifact of the same runtime in the same child, in place of the one that lay open."""
-        self._ask({**self._opening, "folder": str(Path(folder).resolve())})
+    def reopen(self, folder: Path, *, keep: bool = False) -> None:
+        """Open another artifact of the same runtime in the same child, in place of the one that lay open.
+
+        With `keep` it stays open behind others, and opening it again costs nothing: for small ones that take turns.
+        """
+        self._ask({**self._opening, "folder": str(Path(folder).resolve()), "keep": keep})
 
     def run(self, inputs: Arrays) -> Arrays:
         """Return the outputs for one batch of inputs."""
