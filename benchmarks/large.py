@@ -3,8 +3,9 @@
     python benchmarks/large.py [--params 7B] [--rounds 2] [--gptq 16 512] [--work .demo/large]
 
 The model is Llama-shaped with random weights in bf16 (make_random_llama.py). Copying and rounding take turns, each from
-a disk cache without the files, and each until what it wrote is on the disk. Seconds are of the whole command, start and
-report included, and of the step that writes the artifact; the peak is that of the largest of its processes.
+a disk cache without the files, and each until what it wrote is on the disk. Seconds are of the whole command (start,
+forecast, proof and report included) and of what stands against copying, reading, rounding and writing the weights; the
+peak is that of the largest of its processes.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def applied(model: Path, work: Path, recipe: str, memory: str, more: Sequence[st
     os.sync()
     seconds = time.perf_counter() - began
     journal = [json.loads(line) for line in (out / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    writing = sum(entry["seconds"] for entry in journal if entry.get("kind") == "artifact" and "seconds" in entry)
+    writing = sum(entry["seconds"] for entry in journal if entry["event"] == "written")
     shutil.rmtree(out)
     return Taken(seconds, writing, int(done.stdout.split()[-1]))
 

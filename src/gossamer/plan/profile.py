@@ -122,14 +122,33 @@ def profile(job: Job, steps: Iterable[Technique], known: Profile | None = None) 
     effects: dict[Technique, Effect] = dict(known.effects) if known else {}
     distinct = [step for step in dict.fromkeys(steps) if step not in effects and step.divergence_left == 1]
     reference = _reference(job)
-    formats: dict[LayerFormat, Path] = dict(_unchanged_layers(job, shapes))
+    unchanged = _unchanged_layers(job, shapes)
+    formats: dict[LayerFormat, Path] = {}
     with job.progress.stage("effect of each step on calibration rows", len(distinct)) as advance:
         for step in distinct:
             effects[step], layers = _effect(job, step, reference, shapes)
             formats |= {found: folder for found, folder in layers.items() if found not in formats}
             advance(1)
-    seconds = _layer_seconds(job, formats)
-    return Profile(shapes=shapes, effects=effects, seconds={**(known.seconds if known else {}), **seconds})
+    seconds = _seconds(job, unchanged, formats, known.seconds if known else {})
+    return Profile(shapes=shapes, effects=effects, seconds=seconds)
+
+
+def _seconds(
+    job: Job,
+    unchanged: Mapping[LayerFormat, Path],
+    formats: Mapping[LayerFormat, Path],
+    known: Mapping[LayerFormat, float],
+) -> dict[LayerFormat, float]:
+    """Return what is known of layers' seconds, and those of formats that are new.
+
+    They take turns with the layers as they are, whose seconds of now and of then say how far the machine has drifted.
+    """
+    new = {one: folder for one, folder in formats.items() if one not in known and one not in unchanged}
+    if known and not new:
+        return dict(known)
+    timed = _layer_seconds(job, {**unchanged, **new})
+    drift = median([known[one] / timed[one] for one in unchanged if one in known] or [1.0])
+    return {**{one: drift * seconds for one, seconds in timed.items()}, **known}
 
 
 def _reference(job: Job) -> Evaluation:

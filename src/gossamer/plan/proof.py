@@ -8,6 +8,7 @@ original), `timed` (latency in turns with the original; peak memory).
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -53,8 +54,10 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         save_file(_checked_arrays(job, candidate), folder / "expected.safetensors")
         target = folder / "artifact"
         target.mkdir()
+        began = time.monotonic()
         with job.progress.stage(f"writing for {job.runtime.name}", None):
             job.runtime.write(candidate, target, job.read_by(candidate.source).request())
+        job.run.record("written", runtime=job.runtime.name, seconds=round(time.monotonic() - began, 3))
         copy_companions(candidate.source, target)
         write_manifest(
             target,
