@@ -178,6 +178,14 @@ class Runtime(ABC):
         del folder
         return ""
 
+    def notes(self, folder: Path, model: ModelMap) -> tuple[str, ...]:
+        """Return what else a user should know of an artifact that was written: who else opens it, and who does not.
+
+        `model` is the map of the original.
+        """
+        del folder, model
+        return ()
+
     @abstractmethod
     def load_snippet(self, task: Task) -> str:
         """Return the few lines of Python with which a user opens and runs the artifact without gossamer."""
