@@ -102,7 +102,7 @@ def test_without_importance_no_rows_are_needed() -> None:
 
 
 def test_what_no_block_holds_is_refused() -> None:
-    with pytest.raises(TechniqueError, match=r"hold 32 neighbouring weights .* down_proj has rows of 80") as found:
+    with pytest.raises(TechniqueError, match=r"hold 32 neighbouring weights .*\.down_proj has rows of 80") as found:
         GgufBlocks().resolve(opened(llama(80))[1])
     assert "ignore" in found.value.hint
     assert DOWN not in specs(GgufBlocks(ignore=("down",)), llama(80))
