@@ -42,7 +42,7 @@ from gossamer.plan.prepare import prepare
 from gossamer.tasks.base import Scores
 from gossamer.tasks.causal_lm import CausalLM
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf"}
 HEADINGS = ("", "weights MB", "perplexity", "KL, nats a token", "same top token", "made in s", "peak MiB")
 NO_MODEL = """llm.py: skipped, no --model was given. Any Hugging Face folder of a causal language model will do:
     hf download HuggingFaceTB/SmolLM2-135M --local-dir .demo/models/smollm2-135m
@@ -53,7 +53,7 @@ Windows = NDArray[np.int64]
 
 
 def ours(samples: int, quick: bool) -> list[Gossamer]:
-    """Return our own recipes, all with linear layers in groups of 64 and the embedding, which is the head, in int8."""
+    """Return our own recipes: linear layers in groups of 64 with the embedding, the head too, in int8; and GGUF's."""
     embedding = {"quantize": {"bits": 8, "targets": ["embedding"]}}
     grid = {"symmetric": False, "group_size": 64}
     calibrated = {**grid, "ignore": ["head"]}
@@ -79,6 +79,11 @@ def ours(samples: int, quick: bool) -> list[Gossamer]:
     for recipe in ((solved, embedding), (solved, embedding, tuned), (learned, embedding, tuned)):
         title = ", ".join(["mixed g64", *recipe[0], *(["tune_scales"] if tuned in recipe else [])])
         found += [GossamerOfSize("torch", recipe, title, megabytes=size) for size in SIZES]
+    table = {"gguf": {"format": "q6_k", "targets": ["embedding"], "importance": False}}
+    mixed = {"format_of": [["q6_k", ["v", "down"]]]}
+    for name, more in (("q4_0", {}), ("q4_k", {}), ("q4_k", mixed), ("q6_k", {})):
+        title = f"{name}{', q6_k for v and down' if more else ''}, q6_k embedding"
+        found.append(Gossamer("gguf", ({"gguf": {"format": name, **more}}, table), title))
     return found
 
 

@@ -48,6 +48,7 @@ def show_run(screen: Screen, result: RunResult, report: Path | None) -> None:
     rows.append(("took", show_duration(result.seconds)))
     if chosen is not None and chosen.forecast is not None:
         rows.append(("predicted", show_duration(chosen.forecast.seconds)))
+    rows += [("note", note) for note in result.notes]
     screen.pairs(rows)
     if result.load_snippet and result.artifact:
         screen.heading("load it")

@@ -9,6 +9,8 @@ In the formats that are no integers (FP8, FP4, NF4; `levels.py`) a code is the p
 
     code = place of the level nearest to w / s         w' = level(code) * s
 
+In the blocks of GGUF files (`gguf_blocks.py`) integers, scales and minima lie together, and codes are those bytes.
+
 Codes are signed for every width, as compressed-tensors stores them; a runtime that wants unsigned codes adds 2^(b-1)
 to both code and zero point, which changes nothing. Decided once here, lowered by every runtime, never rounded again.
 
@@ -24,6 +26,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
+from gossamer.models import gguf_blocks
+from gossamer.models.gguf_blocks import BlockFormat, BlockName
 from gossamer.models.levels import FORMATS, Format, NumberFormat
 from gossamer.models.straight_through import straight_through
 
@@ -31,7 +35,7 @@ from gossamer.models.straight_through import straight_through
 class QuantSpec(BaseModel):
     """Describe a weight grid: `bits` 2 to 8, symmetric or not, one scale per row or per `group_size` inputs.
 
-    `format` says what codes stand for: integers, or the levels of a format of `levels.py`.
+    `format` says what codes stand for: integers, the levels of a format of `levels.py`, or the blocks of GGUF files.
 
     7 bits live in 8-bit containers: processors without int8 dot products add two products in 16 bits, and only
     7-bit weights cannot overflow there.
@@ -45,14 +49,28 @@ class QuantSpec(BaseModel):
     bits: int = Field(ge=2, le=8)
     symmetric: bool = True
     group_size: int | None = Field(default=None, gt=0)
-    format: Format = "int"
+    format: Format | BlockName = "int"
 
     @model_validator(mode="after")
     def _has_what_its_format_has(self) -> Self:
-        form = self.number_format
+        form, block = self.number_format, self.block_format
         if form is not None and (why := form.disagreement(self.bits, self.symmetric, self.group_size)):
             raise ValueError(f"format {self.format} {why}")
+        if block is not None and (self.bits, self.symmetric, self.group_size) != _grid_of(block):
+            raise ValueError(f"{self.format} has {_grid_of(block)} as bits, symmetric and group_size")
         return self
+
+    @classmethod
+    def of_block(cls, form: BlockFormat) -> Self:
+        """Return the grid of a GGUF block.
+
+        >>> str(QuantSpec.of_block(gguf_blocks.FORMATS["Q4_K"]))
+        'q4_k group 32'
+        """
+        bits, symmetric, group_size = _grid_of(form)
+        return cls.model_validate(
+            {"bits": bits, "symmetric": symmetric, "group_size": group_size, "format": form.name.lower()}
+        )
 
     @model_serializer(mode="wrap")
     def _without_the_usual_format(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -65,7 +83,12 @@ class QuantSpec(BaseModel):
     @property
     def number_format(self) -> NumberFormat | None:
         """Return the format of the codes, None for integers."""
-        return FORMATS.get(self.format)
+        return next((form for name, form in FORMATS.items() if name == self.format), None)
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """Return the GGUF block that codes are the bytes of, None for all others."""
+        return gguf_blocks.FORMATS.get(self.format.upper())
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -114,6 +137,10 @@ class QuantSpec(BaseModel):
         if self.format != "int":
             return f"{self.format} {scope}"
         return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {scope}"
+
+
+def _grid_of(form: BlockFormat) -> tuple[int, bool, int]:
+    return form.bits, not form.has_minimum, form.group_size
 
 
 class ActivationSpec(BaseModel):
@@ -188,7 +215,8 @@ class ActivationSpec(BaseModel):
 class Quantized:
     """Hold one quantized weight: `codes` int8 [O, I], `scale` 16 or 32 bits [O, G], `zero_point` int8 or None.
 
-    `shape` is the shape of the parameter itself, `transposed` says that it is stored [I, O] (GPT-2's Conv1D).
+    `shape` is the shape of the parameter itself, `transposed` says that it is stored [I, O] (GPT-2's Conv1D). Codes of
+    GGUF blocks are their bytes, uint8 [O, y], with scales and minima inside; `scale` is [O, 0] then.
     """
 
     codes: Tensor
@@ -210,12 +238,22 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """Return the float32 values in the parameter's own shape."""
+        block = self.spec.block_format
+        values_OI = gguf_blocks.decode(self.codes, block) if block is not None else self._scaled()
+        values: Tensor = (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
+        return values
+
+    @classmethod
+    def of_blocks(cls, rows_Oy: Tensor, form: BlockFormat, shape: tuple[int, ...], *, transposed: bool) -> Quantized:
+        """Return the rows of bytes of GGUF blocks as codes."""
+        nothing = torch.empty(len(rows_Oy), 0, dtype=torch.float16)
+        return cls(rows_Oy, nothing, None, QuantSpec.of_block(form), shape, transposed)
+
+    def _scaled(self) -> Tensor:
         codes_OGg = self.spec.steps(self.codes).reshape(-1, self.num_groups, self.group_size)
         if self.zero_point is not None:
             codes_OGg = codes_OGg - self.zero_point.float().unsqueeze(-1)
-        values_OI = (codes_OGg * self.scale.float().unsqueeze(-1)).flatten(1)
-        values: Tensor = (values_OI.t() if self.transposed else values_OI).reshape(self.shape).contiguous()
-        return values
+        return (codes_OGg * self.scale.float().unsqueeze(-1)).flatten(1)
 
     def rows(self, first: int, last: int, shape: tuple[int, ...], *, transposed: bool = False) -> Quantized:
         """Return the codes of some rows, as those of a parameter of its own."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.models.experts import STACKS
+from gossamer.models.gguf_blocks import BlockName
 from gossamer.models.levels import FORMATS
 from gossamer.models.quantized import QuantSpec
 from gossamer.models.roles import LayerInfo, ModelMap
@@ -168,9 +169,14 @@ def _found_text(tensor: StoredTensor | None) -> str:
     if tensor.bits >= 16:
         return tensor.dtype
     scope = f"group {tensor.group_size}" if tensor.group_size else "per channel"
-    if tensor.dtype in FORMATS:
+    if _format_found(tensor) != "int":
         return f"{tensor.dtype} {scope}"
     return f"{tensor.dtype} {'symmetric' if tensor.symmetric else 'asymmetric'} {scope}"
+
+
+def _format_found(tensor: StoredTensor) -> str:
+    """Return which format a file's codes are of: `int`, or that of levels or of blocks whose name it bears."""
+    return tensor.dtype if tensor.dtype in FORMATS or tensor.dtype in get_args(BlockName) else "int"
 
 
 def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> bool:
@@ -182,6 +188,5 @@ def _agrees(decision: Mapping[str, Any] | None, tensor: StoredTensor | None) -> 
     weight = decision["weight"]
     group = weight["group_size"] or None
     whole_row = group is None or tensor.group_size == group or (tensor.group_size is None and group == tensor.shape[1])
-    found_format = tensor.dtype if tensor.dtype in FORMATS else "int"
-    same = found_format == weight.get("format", "int") and tensor.bits == weight["bits"]
+    same = _format_found(tensor) == weight.get("format", "int") and tensor.bits == weight["bits"]
     return same and tensor.symmetric == weight["symmetric"] and whole_row

@@ -300,6 +300,7 @@ def _published(
         chosen=found.chosen,
         artifact=str(artifact) if artifact else None,
         load_snippet=job.runtime.load_snippet(job.task) + (job.runtime.load_more(artifact) if artifact else ""),
+        notes=job.runtime.notes(artifact, job.model) if artifact else (),
         provenance=_provenance(job, inputs, prepared),
         rows={"calibration": len(prepared.calibration), "evaluation": len(prepared.evaluation)},
         seconds=round(time.monotonic() - began, 3),

@@ -345,7 +345,11 @@ def refused_by(runtime: Runtime, model: ModelMap, steps: Sequence[Technique]) ->
         return f"files for {runtime.name} have no place for thin layers beside weights; merge them: lora, merge: true"
     floats = next((decision.dtype for decision in decisions if decision.dtype), "float32")
     for decision in decisions:
-        if decision.cut is not None:
+        block = decision.weight.block_format if decision.weight is not None else None
+        reason: str | None
+        if block is not None and not runtime.holds_blocks:
+            reason = f"{block.name} blocks are those of GGUF files; use --runtime gguf"
+        elif decision.cut is not None:
             reason = runtime.cut_refusal(decision.cut)
         elif decision.cache is not None:
             reason = runtime.cache_refusal

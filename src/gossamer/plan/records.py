@@ -271,6 +271,7 @@ class RunResult(Record):
     chosen: int | None = None  # index into tried
     artifact: str | None = None  # path of the published artifact
     load_snippet: str = ""
+    notes: tuple[str, ...] = ()  # what else there is to know of the artifact: who opens it besides its runtime
     provenance: Provenance
     rows: dict[str, int]  # rows used: calibration, evaluation
     seconds: float

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -53,7 +53,6 @@ class ExportRequest:
     axes: dict[str, dict[int, str]]
     outputs: tuple[str, ...]
     cache: Path
-    options: dict[str, str] = field(default_factory=dict)
 
 
 class Session(ABC):
@@ -81,6 +80,7 @@ class Runtime(ABC):
     holds_adapters: ClassVar[bool] = True  # False: no place for thin layers beside a weight
     adapter_bytes: ClassVar[int] = 4  # of one of their numbers, where nothing is cast
     holds_caches: ClassVar[bool] = False  # True: its files say how a server keeps keys and values
+    holds_blocks: ClassVar[bool] = False  # True: weights may be the blocks of GGUF files
     needs_config: ClassVar[bool] = (
         False  # what opens the files builds the model from config.json, which must say its shapes
     )
@@ -177,6 +177,14 @@ class Runtime(ABC):
         """Return the lines that follow those of `load_snippet` for what this artifact holds besides."""
         del folder
         return ""
+
+    def notes(self, folder: Path, model: ModelMap) -> tuple[str, ...]:
+        """Return what else a user should know of an artifact that was written: who else opens it, and who does not.
+
+        `model` is the map of the original.
+        """
+        del folder, model
+        return ()
 
     @abstractmethod
     def load_snippet(self, task: Task) -> str:

@@ -1,9 +1,8 @@
 """GGUF (model.gguf): our codes in the blocks of ggml, run by llama.cpp and what is built on it.
 
-Codes that a block holds go in one by one (gguf_blocks.py says which, and that scales become half precision). Weights
-whose codes do not fit are solved for the format's own grid (gguf_solve.py): the smallest format of at least as many
-bits, or the one that is asked for, `options={"gguf_format": "Q4_K"}` of the request, which then holds for every
-quantized matrix. `refusal` accepts only what goes in unchanged, so that what a search judges is what is served.
+Weights that were solved for a block's own format (the technique `gguf`) go in as they are. Codes of integers that a
+block can hold go in one by one (gguf_codes.py says which, and that scales become half precision). All others are
+refused: what a search judges is what is served.
 
 Vectors (norms, biases) are float32; matrices that are not quantized are stored as the candidate's float type. A tied
 embedding is written once. The file says in `gossamer.tensors` which parameter each tensor is and which grid its codes
@@ -25,17 +24,10 @@ from torch import Tensor
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.models.candidate import Candidate
+from gossamer.models.gguf_blocks import BLOCK, FORMATS, BlockFormat, unpack
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
-from gossamer.runtimes.gguf_blocks import (
-    BLOCK,
-    FORMATS,
-    BlockFormat,
-    encode_codes,
-    exact_format,
-    nearest_format,
-    unpack,
-)
+from gossamer.runtimes.gguf_codes import encode_codes, exact_format
 from gossamer.runtimes.gguf_model import (
     ROPE_FACTORS,
     Place,
@@ -45,13 +37,11 @@ from gossamer.runtimes.gguf_model import (
     write_metadata,
 )
 from gossamer.runtimes.gguf_session import LlamaSession
-from gossamer.runtimes.gguf_solve import solve
 from gossamer.runtimes.gguf_tokenizer import read_vocabulary
 from gossamer.tasks.base import Task
 
 MODEL_FILE = "model.gguf"
 TENSORS_KEY = "gossamer.tensors"
-FORMAT_OPTION = "gguf_format"
 ALIGNMENT = 32  # every tensor begins at a multiple of this many bytes
 FLOATS = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: ("BF16", 2)}
 FLOAT_BITS = {"F32": 32, "F16": 16, "BF16": 16}
@@ -61,22 +51,17 @@ SLICE = 1 << 22  # codes looked at together when a file is read back
 
 @dataclass(frozen=True)
 class _Plan:
-    """Say how one parameter is written: where, as which type, and whether its codes go in unchanged."""
+    """Say how one parameter is written: where, as which type, and which codes."""
 
     place: Place
     shape: tuple[int, ...]
     kind: str
     num_bytes: int
     quantized: Quantized | None = None
-    exact: bool = False
 
 
 class Gguf(Runtime):
-    """Write GGUF files of Llama-like models, and open them in llama.cpp.
-
-    `importance` gives, by parameter name, the mean of each squared input [I] (the diagonal of the second moment): it
-    weighs the errors of the weights that are solved for a block's own grid.
-    """
+    """Write GGUF files of Llama-like models, and open them in llama.cpp."""
 
     name: ClassVar[str] = "gguf"
     extra: ClassVar[str | None] = "gguf"
@@ -84,10 +69,8 @@ class Gguf(Runtime):
     holds_adapters: ClassVar[bool] = False
     needs_config: ClassVar[bool] = True
     holds_layers: ClassVar[bool] = False  # llama.cpp opens models of known architectures only
+    holds_blocks: ClassVar[bool] = True
     rounds_inputs: ClassVar[bool] = True
-
-    def __init__(self, importance: Mapping[str, Tensor] | None = None) -> None:
-        self._importance = dict(importance or {})
 
     def missing(self) -> str | None:
         """Return the package without which no file is written or read back, or None."""
@@ -101,17 +84,21 @@ class Gguf(Runtime):
             return "llama.cpp rounds the inputs of layers on its own, in blocks of 32; use weight-only quantization"
         if spec is None:
             return None
-        if spec.format != "int":
+        if spec.number_format is not None:
             return f"{spec.format} codes are not lowered to GGUF blocks; use integers, or another runtime"
         if role in ("norm", "convolution") or len(shape) != 2:
             return "GGUF blocks hold matrices of linear layers and embeddings only"
+        if spec.block_format is not None:
+            if shape[1] % spec.block_format.size == 0:
+                return None
+            return f"{spec.format} blocks hold {spec.block_format.size} weights, which do not divide {shape[1]} inputs"
         if exact_format(spec, shape[1]) is not None:
             return None
         if shape[1] % BLOCK:
             return f"GGUF blocks hold {BLOCK} weights, which do not divide the {shape[1]} inputs of a row"
         if (spec.group_size or BLOCK) % BLOCK:
             return f"GGUF blocks have a scale for {BLOCK} weights; group_size {spec.group_size} is not a multiple"
-        return f"no GGUF block holds asymmetric codes of {spec.bits} bits; use at most 5, or symmetric ones"
+        return f"no GGUF block holds asymmetric codes of {spec.bits} bits; use at most 5, symmetric ones, or `gguf`"
 
     def stored_bytes(self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, dtype_bytes: int) -> int:
         """Return the bytes of one parameter in the file, up to where the next one may begin.
@@ -122,9 +109,9 @@ class Gguf(Runtime):
         count = int(np.prod(shape, dtype=np.int64))
         if spec is None:
             return _aligned(count * (4 if len(shape) == 1 else dtype_bytes))
-        form = exact_format(spec, shape[1]) or nearest_format(spec.bits, shape[1])
-        if form is None:
-            raise RuntimeUnavailable(f"GGUF blocks of {BLOCK} weights do not divide the {shape[1]} inputs of a row")
+        form = spec.block_format or exact_format(spec, shape[1])
+        if form is None or shape[1] % form.size:
+            raise RuntimeUnavailable(f"no GGUF block holds {spec} codes in rows of {shape[1]}")
         return _aligned(shape[0] * form.row_bytes(shape[1]))
 
     def write(self, candidate: Candidate, folder: Path, request: ExportRequest) -> None:
@@ -144,7 +131,7 @@ class Gguf(Runtime):
                 "use weight-only quantization, or another runtime",
             )
         factors = position_factors(module)
-        plans = _plans(candidate, request.options.get(FORMAT_OPTION))
+        plans = _plans(candidate)
         writer = gguf.GGUFWriter(folder / MODEL_FILE, architecture.name)
         write_metadata(writer, module, candidate.source.name)
         read_vocabulary(candidate.source, int(module.config.vocab_size)).write(writer)  # type: ignore[union-attr, arg-type]
@@ -161,24 +148,10 @@ class Gguf(Runtime):
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for plan in plans:
-            writer.write_tensor_data(self._stored(plan, module.get_parameter(plan.place.parameter)))
+            writer.write_tensor_data(_stored(plan, module.get_parameter(plan.place.parameter)))
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         writer.close()
-
-    def _stored(self, plan: _Plan, parameter: Tensor) -> np.ndarray[Any, Any]:
-        """Return a parameter as it lies in the file."""
-        order_O, quantized, name = plan.place.order_O, plan.quantized, plan.place.parameter
-        if quantized is not None and plan.exact:
-            return encode_codes(quantized if order_O is None else _reordered(quantized, order_O), name)[1].numpy()
-        weight = parameter.detach() if order_O is None else parameter.detach()[order_O]
-        if quantized is not None:
-            return solve(weight, FORMATS[plan.kind], self._importance.get(name), name).numpy()
-        dtype = next(dtype for dtype, (kind, _) in FLOATS.items() if kind == plan.kind)
-        cast = weight.to(dtype).contiguous()
-        if not bool(torch.isfinite(cast).all()):
-            raise ArtifactError(f"{name} has values that {plan.kind} cannot hold", "cast the model to bf16 instead")
-        return cast.view(torch.uint8).numpy()
 
     def open(self, folder: Path, *, threads: int, task: Task | None = None) -> Session:
         """Open the file in llama.cpp. Raises RuntimeUnavailable when its Python binding is not installed."""
@@ -217,10 +190,23 @@ def _existing(folder: Path) -> Path:
     return path
 
 
-def _plans(candidate: Candidate, wanted: str | None) -> list[_Plan]:
+def _stored(plan: _Plan, parameter: Tensor) -> np.ndarray[Any, Any]:
+    """Return a parameter as it lies in the file."""
+    order_O, quantized, name = plan.place.order_O, plan.quantized, plan.place.parameter
+    if quantized is not None:
+        ordered = quantized if order_O is None else _reordered(quantized, order_O)
+        rows_Oy = ordered.codes if ordered.spec.block_format is not None else encode_codes(ordered, name)[1]
+        return rows_Oy.contiguous().numpy()
+    weight = parameter.detach() if order_O is None else parameter.detach()[order_O]
+    dtype = next(dtype for dtype, (kind, _) in FLOATS.items() if kind == plan.kind)
+    cast = weight.to(dtype).contiguous()
+    if not bool(torch.isfinite(cast).all()):
+        raise ArtifactError(f"{name} has values that {plan.kind} cannot hold", "cast the model to bf16 instead")
+    return cast.view(torch.uint8).numpy()
+
+
+def _plans(candidate: Candidate) -> list[_Plan]:
     """Return how every parameter is written, in the order of the model."""
-    if wanted is not None and wanted not in FORMATS:
-        raise RuntimeUnavailable(f"unknown GGUF format {wanted!r}", f"known formats: {', '.join(FORMATS)}")
     # codes may be recorded under the other name of a tied parameter
     codes = {id(candidate.module.get_parameter(name)): quantized for name, quantized in candidate.quantized.items()}
     parameters = dict(candidate.module.named_parameters())
@@ -233,30 +219,20 @@ def _plans(candidate: Candidate, wanted: str | None) -> list[_Plan]:
             kind, size = FLOATS[candidate.dtype if parameter.dim() > 1 else torch.float32]
             plans.append(_Plan(place, shape, kind, parameter.numel() * size))
             continue
-        form, exact = _format_of(place.parameter, quantized, wanted)
-        num_bytes = shape[0] * form.row_bytes(shape[1])
-        plans.append(_Plan(place, shape, form.name, num_bytes, quantized, exact))
+        form = _format_of(place.parameter, quantized)
+        plans.append(_Plan(place, shape, form.name, shape[0] * form.row_bytes(shape[1]), quantized))
     return plans
 
 
-def _format_of(name: str, quantized: Quantized, wanted: str | None) -> tuple[BlockFormat, bool]:
-    """Return the format of a quantized matrix, and whether it holds the codes unchanged."""
-    num_inputs = quantized.codes.shape[1]
-    if quantized.spec.format != "int":  # solving them anew for integers would be rounding twice
-        raise RuntimeUnavailable(
-            f"{name} is {quantized.spec}, which GGUF blocks do not hold", "round to integers, or use another runtime"
-        )
+def _format_of(name: str, quantized: Quantized) -> BlockFormat:
+    """Return the format that holds the codes of a matrix unchanged."""
     if len(quantized.shape) == 2 and not quantized.transposed:
-        fitting = exact_format(quantized.spec, num_inputs)
-        if fitting is not None and wanted in (None, fitting.name):
-            return fitting, True
-        solved = nearest_format(quantized.spec.bits, num_inputs) if wanted is None else FORMATS[wanted]
-        if solved is not None and num_inputs % solved.size == 0:
-            return solved, False
-    size = FORMATS[wanted].size if wanted else BLOCK
+        form = quantized.spec.block_format or exact_format(quantized.spec, quantized.shape[1])
+        if form is not None:
+            return form
     raise RuntimeUnavailable(
-        f"GGUF holds matrices in blocks of {size} weights of a row; {name} is {tuple(quantized.shape)}",
-        f"name {name.removesuffix('.weight')} under `ignore`, or use another format or runtime",
+        f"no GGUF block holds {quantized.spec} codes of {name}, {tuple(quantized.shape)}",
+        f"name {name.removesuffix('.weight')} under `ignore`, round it by the step `gguf`, or use another runtime",
     )
 
 
@@ -278,12 +254,12 @@ def _file_type(plans: list[_Plan]) -> int:
 
 
 def _described(plans: list[_Plan]) -> dict[str, dict[str, Any]]:
-    """Return what the file says of each tensor: its parameter, and the grid of codes that went in unchanged."""
+    """Return what the file says of each tensor: its parameter, and the grid of its codes."""
     described: dict[str, dict[str, Any]] = {}
     for plan in plans:
         entry: dict[str, Any]
         described[plan.place.stored_name] = entry = {"parameter": plan.place.parameter}
-        if plan.quantized is not None and plan.exact:
+        if plan.quantized is not None:
             entry["spec"] = plan.quantized.spec.model_dump()
     return described
 
@@ -302,8 +278,10 @@ def _read(tensor: Any, description: Mapping[str, Any]) -> StoredTensor:
     if "spec" not in description:
         return StoredTensor(name, kind, form.bits, form.size // form.num_parts, not form.has_minimum, shape, size)
     spec = QuantSpec.model_validate(description["spec"])
-    if exact_format(spec, shape[1]) != form:
+    if (spec.block_format or exact_format(spec, shape[1])) != form:
         raise ArtifactError(f"{name} claims {spec} codes, but is stored as {kind}", "write the artifact again")
+    if spec.block_format is not None:
+        return StoredTensor(name, spec.format, spec.bits, spec.group_size, spec.symmetric, shape, size)
     for rows in _row_slices(tensor.data, shape[1]):
         _check_grid(name, spec, form, rows)
     return StoredTensor(name, kind, spec.bits, spec.group_size, spec.symmetric, shape, size)

@@ -46,6 +46,7 @@ from gossamer.runtimes.torch_caches import (
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
 from gossamer.runtimes.torch_floats import float_refusal, format_of, refusal_beside
 from gossamer.runtimes.torch_parts import file_parts, not_quantized, quantized_layers
+from gossamer.runtimes.torch_served import served_notes
 from gossamer.runtimes.torch_streamed import StreamedSession
 from gossamer.tasks.base import Arrays, Task
 
@@ -247,6 +248,14 @@ class TorchFolder(Runtime):
     def load_more(self, folder: Path) -> str:
         """Return how the adapter of a folder is put beside the opened model, where it has one."""
         return load_lines(folder)
+
+    def notes(self, folder: Path, model: ModelMap) -> tuple[str, ...]:
+        """Return whether vLLM would load the folder too, or why not; nothing of a folder without codes."""
+        if not (folder / "config.json").exists():
+            return ()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tables = {layer.name for layer in model.layers if layer.kind == "embedding"}
+        return served_notes(config, folder, tables)
 
 
 def _config(module: nn.Module, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gossamer.errors import TechniqueError
 from gossamer.models.caches import CacheSpec
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
@@ -122,6 +123,16 @@ def resolved(model: ModelMap, steps: Iterable[Technique]) -> tuple[list[Decision
         decisions += step.resolve(model)
         model = step.after(model)
     return decisions, model
+
+
+def check_not_rounded(candidate: Candidate, decisions: Iterable[Decision]) -> None:
+    """Raise TechniqueError where an earlier step has rounded a parameter that is to be rounded."""
+    again = [decision.parameter for decision in decisions if decision.parameter in candidate.quantized]
+    if again:
+        raise TechniqueError(
+            f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
+            "name them under `ignore` in one of the two steps",
+        )
 
 
 class Technique(BaseModel, ABC):

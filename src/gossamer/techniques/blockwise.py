@@ -32,13 +32,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import Call, Output, hidden_states
 from gossamer.run.team import ALONE, Team
-from gossamer.techniques.base import Context, Decision, Technique
+from gossamer.techniques.base import Context, Decision, Technique, check_not_rounded
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.routing import shrunk, tokens_needed, tokens_of_experts
@@ -343,12 +342,7 @@ class BlockTechnique(Technique):
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with every decided layer solved, block after block."""
         decisions = self.resolve(model)
-        again = [decision.parameter for decision in decisions if decision.parameter in candidate.quantized]
-        if again:
-            raise TechniqueError(
-                f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
-                "name them under `ignore` in one of the two steps",
-            )
+        check_not_rounded(candidate, decisions)
         from gossamer.techniques.sweep import Sweep  # a sweep is made of what stands here
 
         Sweep(self, candidate, model, context, decisions).run()

@@ -167,7 +167,8 @@ def shared_tensors(team: Team, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             else:
                 found[name] = torch.empty(shape, dtype=dtype_named(dtype))
                 values = as_bytes(found[name])
-            team.broadcast(values, source)
+            if values.numel():  # codes of GGUF blocks have no scales beside them
+                team.broadcast(values, source)
     return found
 
 

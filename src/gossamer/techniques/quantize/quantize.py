@@ -21,7 +21,7 @@ from gossamer.models.deferred import Outline
 from gossamer.models.fold import fold_batch_norms
 from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.models.roles import EXPERT_ROLES, LayerInfo, ModelMap
-from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, searched
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, check_not_rounded, searched
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.formats import FormatSettings, check_format
 from gossamer.techniques.quantize.grid import ScaleSearch, quantize_weight
@@ -119,12 +119,7 @@ class Quantize(FormatSettings):
         a parameter that an earlier step has rounded, and for too few calibration rows.
         """
         decisions = self.resolve(model)
-        again = [decision.parameter for decision in decisions if decision.parameter in candidate.quantized]
-        if again:
-            raise TechniqueError(
-                f"{len(again)} parameters were rounded by an earlier step: {', '.join(again[:3])}",
-                "name them under `ignore` in one of the two steps",
-            )
+        check_not_rounded(candidate, decisions)
         if candidate.weights is None and any(decision.layer.kind == "conv" for decision in decisions):
             example = {name: torch.from_numpy(values) for name, values in context.example.items()}
             candidate.module, _ = fold_batch_norms(candidate.module, example, _forward_of(candidate, context))

@@ -1,4 +1,4 @@
-"""Weights onto the grids of GGUF blocks by weighted least squares, where our own codes do not fit a block.
+"""Weights onto the grids of GGUF blocks by weighted least squares: the solver of the technique `gguf`.
 
 For one block with weights w_i, find integers q_i, a scale d and (where the format has one) a minimum m that make
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ArtifactError
-from gossamer.runtimes.gguf_blocks import HALF_MAX, BlockFormat, Blocks, pack
+from gossamer.models.gguf_blocks import HALF_MAX, BlockFormat, Blocks, pack
 
 NUM_SHRINKS = {8: 6, 6: 10, 5: 14, 4: 18}
 MIN_SHRINK = {8: 0.85, 6: 0.75, 5: 0.65, 4: 0.55}

@@ -8,17 +8,8 @@ weight, d and m half-precision numbers of the block, and in a super-block intege
     Q4_K  Q5_K           w' = (d a_j) q - (m b_j)      8 parts of 32, a_j and b_j in [0, 63], q in [0, 15], [0, 31]
     Q6_K                 w' = (d a_j) q        16 parts of 16, a_j in [-128, 127], q in [-32, 31]
 
-Layouts: the GGUF specification and ggml-common.h of the ggml project.
-
-Our own codes c with scale s and zero point z, w' = (c - z) s, are held code by code where a format has their grid:
-
-    symmetric      q = c                      d = half(s)
-    asymmetric     q = c - low                d = half(s)       m = half((low - z) d)
-
-A group of 64, of 128 or a whole row repeats its scale in every block of 32, which changes nothing. Only scales change:
-the format has half precision for them, so a weight moves by at most 2^-11 of its size (2^-24 for scales under 2^-14,
-where half precision has fewer digits), and in asymmetric grids by at most 2^-11 of m besides: a weight that was
-exactly zero there may come back as a tiny number.
+Layouts: the GGUF specification and ggml-common.h of the ggml project. Where 256 does not divide a row, llama.cpp's own
+tools take a plain format instead of a K format, and so do we: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K.
 
 Invariants: `unpack(pack(blocks)) == blocks`; `values` computes in float32 in the order of ggml's own decoder, so the
 results are equal bit by bit. Left out: Q2_K, Q3_K and the formats with code books (IQ*), which are not uniform grids.
@@ -30,16 +21,16 @@ block, y bytes of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import ArtifactError
-from gossamer.models.quantized import Quantized, QuantSpec
-
+BlockName = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 BLOCK = 32
 SUPER_BLOCK = 256
 HALF_MAX = 65504.0
+CHUNK_ELEMENTS = 1 << 20  # weights decoded at a time: memory stays flat for large vocabularies
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,11 @@ class BlockFormat:
     def high(self) -> int:
         """Return the largest integer."""
         return self.low + (1 << self.bits) - 1
+
+    @property
+    def group_size(self) -> int:
+        """Return how many weights share a scale."""
+        return self.size // self.num_parts
 
     @property
     def nested(self) -> bool:
@@ -87,6 +83,7 @@ FORMATS: dict[str, BlockFormat] = {
         BlockFormat("Q6_K", 6, 210, SUPER_BLOCK, 16),
     )
 }
+STAND_INS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True)
@@ -104,70 +101,28 @@ class Blocks:
     part_minimum: Tensor | None = None
 
 
-def exact_format(spec: QuantSpec, num_inputs: int) -> BlockFormat | None:
-    """Return the smallest format that holds codes of `spec` as they are, or None when there is none.
+def format_named(name: BlockName, num_inputs: int) -> BlockFormat | None:
+    """Return the format for rows of `num_inputs` weights: the one named, or what stands in for it; None when none does.
 
-    >>> exact_format(QuantSpec(bits=4, group_size=64), 128).name
-    'Q4_0'
+    >>> format_named("q4_k", 256).name, format_named("q4_k", 576).name
+    ('Q4_K', 'Q5_0')
     """
-    if spec.format != "int" or num_inputs % BLOCK or (spec.group_size or num_inputs) % BLOCK:
-        return None
-    if spec.symmetric:
-        return FORMATS["Q4_0" if spec.bits <= 4 else "Q5_0" if spec.bits == 5 else "Q8_0"]
-    return FORMATS["Q4_1" if spec.bits <= 4 else "Q5_1"] if spec.bits <= 5 else None
-
-
-def nearest_format(bits: int, num_inputs: int) -> BlockFormat | None:
-    """Return the smallest format of at least `bits` bits for weights solved anew, None when no block divides a row.
-
-    Super-blocks where they divide the row: their scales cost a quarter of a bit a weight less or are finer.
-    """
-    if num_inputs % BLOCK:
-        return None
-    nested = num_inputs % SUPER_BLOCK == 0
-    if bits <= 4:
-        return FORMATS["Q4_K" if nested else "Q4_1"]
-    if bits == 5:
-        return FORMATS["Q5_K" if nested else "Q5_1"]
-    return FORMATS["Q6_K" if bits == 6 and nested else "Q8_0"]
-
-
-def encode_codes(quantized: Quantized, name: str = "weight") -> tuple[BlockFormat, Tensor]:
-    """Return the format that holds our codes one by one, and the rows as bytes, uint8 [O, y].
-
-    Raises ArtifactError when no format has their grid, or when a scale is beyond half precision; `name` is for the
-    message.
-    """
-    num_rows, num_inputs = quantized.codes.shape
-    block_format = exact_format(quantized.spec, num_inputs)
-    if block_format is None:
-        raise ArtifactError(
-            f"no GGUF block holds {quantized.spec} codes of {name} with rows of {num_inputs} as they are",
-            "use symmetric 8 bits or less, or asymmetric 5 bits or less, in groups of a multiple of 32",
-        )
-    repeats = quantized.group_size // BLOCK
-    scale_N = quantized.scale.repeat_interleave(repeats, dim=1).flatten().to(torch.float16)
-    codes_Nb = quantized.codes.reshape(-1, BLOCK)
-    minimum_N: Tensor | None = None
-    if quantized.zero_point is not None:
-        low = quantized.spec.low
-        zero_N = quantized.zero_point.repeat_interleave(repeats, dim=1).flatten().float()
-        minimum_N = ((low - zero_N) * scale_N.float()).to(torch.float16)
-        codes_Nb = (codes_Nb.to(torch.int16) - low).to(torch.int8)
-    for half_N, kind in ((scale_N, "scale"), (minimum_N, "minimum")):
-        if half_N is not None and not bool(torch.isfinite(half_N).all()):
-            largest = float(quantized.scale.abs().max())
-            raise ArtifactError(
-                f"a {kind} of {name} is beyond half precision ({HALF_MAX:g}): its largest scale is {largest:.4g}",
-                f"name {name.removesuffix('.weight')} under `ignore`",
-            )
-    return block_format, pack(Blocks(block_format, codes_Nb, scale_N, minimum_N)).reshape(num_rows, -1)
+    form = FORMATS[name.upper()]
+    if num_inputs % form.size:
+        form = FORMATS[STAND_INS.get(form.name, form.name)]
+    return form if num_inputs % form.size == 0 else None
 
 
 def decode(rows_Oy: Tensor, block_format: BlockFormat) -> Tensor:
     """Return the float32 weights [O, I] of rows of bytes."""
-    blocks = unpack(rows_Oy.reshape(-1, block_format.num_bytes), block_format)
-    return values(blocks).reshape(rows_Oy.shape[0], -1)
+    num_rows, num_inputs = rows_Oy.shape[0], rows_Oy.shape[1] // block_format.num_bytes * block_format.size
+    weight_OI = torch.empty(num_rows, num_inputs)
+    step = max(1, CHUNK_ELEMENTS // max(1, num_inputs))
+    for first in range(0, num_rows, step):
+        part_Oy = rows_Oy[first : first + step]
+        blocks = unpack(part_Oy.reshape(-1, block_format.num_bytes), block_format)
+        weight_OI[first : first + step] = values(blocks).reshape(len(part_Oy), -1)
+    return weight_OI
 
 
 def values(blocks: Blocks) -> Tensor:
