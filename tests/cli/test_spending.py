@@ -46,6 +46,18 @@ def test_every_stage_and_total_is_printed() -> None:
     assert totals["time"].endswith("3 min 12 s")
 
 
+def test_what_lies_on_a_gpu_has_a_column_and_a_total() -> None:
+    assert not any("cuda" in line for line in printed(planned()))
+    stages = (STAGES[0], STAGES[1].model_copy(update={"device_bytes": 1_500_000_000}))
+    there = {"stages": stages, "device": "cuda:0", "device_bytes": 1_500_000_000, "device_limit": 20_000_000_000}
+    lines = printed(planned(forecast=FOUND.model_copy(update=there)))
+    assert any(line.split() == ["stage", "memory", "on", "cuda:0", "time"] for line in lines)
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(("open", "solve"))}
+    assert rows["solve"] == ["solve", "2.5", "GB", "1.5", "GB", "3", "min", "10", "s"]
+    assert rows["open"][:3] == ["open", "1", "GB"]
+    assert any(line.startswith("memory of cuda:0") and line.endswith("1.5 GB of 20 GB") for line in lines)
+
+
 def test_modules_that_fare_alike_are_one_row() -> None:
     lines = printed(planned())
     rows = [line.split() for line in lines if line.split()[:1] in (["q"], ["k"], ["norm"])]

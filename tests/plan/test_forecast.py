@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gossamer import api
 from gossamer.errors import GoalError, RunError, TechniqueError
@@ -162,6 +165,40 @@ def test_memory_that_holds_neither_is_refused_with_both_numbers(
     with pytest.raises(TechniqueError, match=r"needs about \d+\.\d GiB .*\d+\.\d GiB may be used") as caught:
         api.apply(recipe_of(SWEEP), tiny / "model", **given)
     assert "--memory" in caught.value.hint
+
+
+def test_a_gpu_has_figures_of_its_own_and_what_does_not_fit_there_is_refused(
+    job: Job, rates: Rates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 2 << 30))
+    there = replace(job, device=torch.device("cuda", 0))
+    found, on_cpu = Forecaster(there, rates).of(SWEEP), Forecaster(job, rates).of(SWEEP)
+    assert found.refusal == ""
+    assert (found.device, on_cpu.device) == ("cuda:0", "cpu")
+    assert found.device_limit == int(0.9 * (1 << 30))
+    taken = {stage.name: stage.device_bytes for stage in found.stages if stage.device_bytes}
+    assert taken.keys() == {"observe", "solve", "pass on"}
+    assert found.device_bytes == max(taken.values())
+    assert taken["pass on"] < taken["observe"]  # the same, without moments
+    assert (on_cpu.device_bytes, on_cpu.device_limit) == (0, 0)
+    assert on_cpu.memory_bytes == found.memory_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 27, 2 << 30))
+    refused = Forecaster(there, rates).of(SWEEP)
+    assert re.fullmatch(
+        r"needs about 0\.[23] GiB on cuda:0 \((observe|solve)\); 0\.1 GiB may be used there", refused.refusal
+    )
+    with pytest.raises(TechniqueError, match=r"gptq needs about .*\nhint: .*--device cpu"):
+        check_forecast(refused, "gptq")
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for verb in (partial(api.apply, Recipe.from_yaml("- gptq: {}", "a test")), partial(api.plan, goal="size <= 50%")):
+        with pytest.raises(RunError, match=r"--device cuda: torch .* sees no GPU here"):
+            verb(tiny / "model", device="cuda", **ask(tiny, out=tmp_path / "build"))
+    assert not (tmp_path / "build").exists()
 
 
 def test_check_forecast_says_nothing_of_what_fits(job: Job, rates: Rates) -> None:

@@ -2,7 +2,7 @@
 
 Each process writes what came of it to FOLDER/found-RANK.safetensors. With the word `fail` the last process fails in the
 third block of the first sweep; with `experts` it is a tiny Mixtral, some experts of which see too few tokens, and what
-they saw is written to FOLDER/routed-RANK.json.
+they saw is written to FOLDER/routed-RANK.json; with `gpu` each process computes on a GPU that is pretended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,17 @@ def mixtral() -> PreTrainedModel:
     return found
 
 
+@contextmanager
+def pretended(wanted: bool) -> Iterator[torch.device]:
+    """Yield the CPU, or a GPU that is pretended while the `with` lasts."""
+    if not wanted:
+        yield torch.device("cpu")
+        return
+    script = runpy.run_path(str(Path(__file__).parent / "pretended_gpu.py"))
+    with script["pretended"]():
+        yield script["GPU"]
+
+
 def main(folder: Path, word: str = "") -> None:
     """Carry out the steps on 21 samples (two in each chunk but the last: an odd number of chunks)."""
     torch.set_num_threads(1)
@@ -84,10 +97,10 @@ def main(folder: Path, word: str = "") -> None:
     batches = [Batch({"input_ids": draw.integers(1, 64, (1, 12))}, np.array([index])) for index in range(21)]
     candidate = Candidate(source=source, module=source.module(TASK))
     model = map_model(candidate.module, {"input_ids": torch.from_numpy(batches[0].inputs["input_ids"])}, forward)
-    with assembled() as team:
+    with assembled() as team, pretended(word == "gpu") as device:
         context = Context(task=TASK, example=batches[0].inputs, calibration=batches, progress=Silent(), team=team,
-                          identity={"of": "test"})  # fmt: skip
-        steps = {"fail": (Failing(sparsity=0.3), *STEPS[1:]), "experts": OF_EXPERTS}.get(word, STEPS)
+                          identity={"of": "test"}, device=device)  # fmt: skip
+        steps = {"fail": (Failing(sparsity=0.3), *STEPS[1:]), "experts": OF_EXPERTS, "gpu": STEPS[:-1]}.get(word, STEPS)
         if team.leads:
             with Run(folder / "run", {"verb": "test"}) as run:
                 for step in steps:

@@ -119,6 +119,17 @@ def test_two_processes_tell_what_each_expert_saw_as_one_does(tmp_path: Path, mon
     assert hashes == {hash_file(tmp_path / "alone" / "found-0.safetensors")}
 
 
+@pytest.mark.timeout(300)
+def test_two_processes_on_gpus_give_the_bytes_of_one(tmp_path: Path) -> None:
+    for name in ("alone", "two"):
+        (tmp_path / name).mkdir()
+    runpy.run_path(str(SCRIPT))["main"](tmp_path / "alone", "gpu")
+    ran = together([str(SCRIPT), str(tmp_path / "two"), "gpu"])
+    assert ran.returncode == 0, ran.stderr
+    hashes = {hash_file(path) for path in (tmp_path / "two").glob("found-*")}
+    assert hashes == {hash_file(tmp_path / "alone" / "found-0.safetensors")}
+
+
 def blocks(folder: Path) -> dict[str, str]:
     """Return the hashes of the codes that a run holds."""
     return {path.parent.name: hash_file(path) for path in (folder / "run" / "steps").glob("block-*/codes.safetensors")}

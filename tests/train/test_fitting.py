@@ -62,7 +62,8 @@ def test_what_was_found_first_is_kept(tmp_path: Path) -> None:
 def test_on_a_gpu_weights_that_are_still_to_come_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = nn.Linear(8, 8), nn.Linear(8, 8)
     student.tied = student.weight  # type: ignore[assignment]  # one tensor under two names is moved once
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10_000, 20_000))
-    assert free_bytes(student, teacher, None) == 10_000 - 2 * 4 * (64 + 8)
-    assert free_bytes(student.to("meta"), None) == 10_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000 + device.index, 20_000))
+    gpu = torch.device("cuda", 0)
+    assert free_bytes(gpu, student, teacher, None) == 10_000 - 2 * 4 * (64 + 8)
+    assert free_bytes(gpu, student.to("meta"), None) == 10_000
+    assert free_bytes(torch.device("cuda", 1), None) == 10_001

@@ -53,6 +53,12 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory that the run may take: 12GiB; a larger model is read piece by piece."),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda", help="Where calibration and training compute; auto takes a GPU if there is one."
+    ),
+]
 Track = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="Trackers to tell, as in tensorboard,wandb,mlflow; none by default."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gossamer.cli.console import Screen
-from gossamer.plan.records import Covered, Forecast, Tried
+from gossamer.plan.records import Covered, Forecast, Stage, Tried
 from gossamer.report.words import NONE, show, show_count, show_duration, show_share
 
 MOST_SHAPES = 3
@@ -17,8 +17,10 @@ def show_forecast(screen: Screen, planned: Tried) -> None:
     if found is None:
         return
     screen.heading(f"what {planned.name} takes")
-    rows = [(stage.name, show(stage.memory_bytes, "B"), show_duration(stage.seconds)) for stage in found.stages]
-    screen.table(("stage", "memory", "time"), rows, right=("memory", "time"))
+    columns = (
+        ("stage", "memory", "time") if found.device == "cpu" else ("stage", "memory", f"on {found.device}", "time")
+    )
+    screen.table(columns, [_row(stage, found) for stage in found.stages], right=columns[1:])
     screen.pairs(totals(found))
     if planned.rejected:
         screen.line(f"cannot be carried out: {planned.rejected}", style="bold red")
@@ -27,12 +29,19 @@ def show_forecast(screen: Screen, planned: Tried) -> None:
         show_coverage(screen, found.coverage)
 
 
+def _row(stage: Stage, found: Forecast) -> tuple[str, ...]:
+    there = [show(stage.device_bytes, "B") if stage.device_bytes else NONE] if found.device != "cpu" else []
+    return stage.name, show(stage.memory_bytes, "B"), *there, show_duration(stage.seconds)
+
+
 def totals(found: Forecast) -> list[tuple[str, str]]:
     """Return a forecast's totals beside what there is."""
     parts = ", ".join(f"{part.what} {show(part.bytes, 'B')}" for part in found.disk)
     how = "read piece by piece" if found.streamed else "opened whole"
+    there = (f"memory of {found.device}", f"{show(found.device_bytes, 'B')} of {show(found.device_limit, 'B')}")
     return [
         ("memory", f"{show(found.memory_bytes, 'B')} of {show(found.memory_limit, 'B')}; the model is {how}"),
+        *([there] if found.device != "cpu" else []),
         ("disk", f"{show(found.disk_bytes, 'B')} of {show(found.disk_free, 'B')} that are free: {parts}"),
         ("time", show_duration(found.seconds)),
     ]

@@ -53,6 +53,7 @@ class CacheSpec(BaseModel):
 
     def round(self, values_BHTD: Tensor, scale: Tensor) -> Tensor:
         """Return keys or values as a cache of 8 bits gives them back, same shape and dtype."""
+        scale = scale.to(values_BHTD.device)
         position = values_BHTD / scale
         if self.format == "fp8":
             codes = position.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn)

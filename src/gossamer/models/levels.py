@@ -63,10 +63,10 @@ class Codebook(ABC):
     def values(self, codes: Tensor) -> Tensor:
         """Return the levels of codes, float32."""
         flat = codes.flatten()
-        found = torch.empty(flat.shape)
+        found, levels_K = torch.empty(flat.shape, device=codes.device), self.levels_K.to(codes.device)
         for start in range(0, len(flat), CHUNK_ELEMENTS):  # places are four times as wide as codes
             here = slice(start, start + CHUNK_ELEMENTS)
-            torch.index_select(self.levels_K, 0, flat[here].to(torch.int32).sub_(self.low), out=found[here])
+            torch.index_select(levels_K, 0, flat[here].to(torch.int32).sub_(self.low), out=found[here])
         return found.view(codes.shape)
 
 
@@ -114,8 +114,8 @@ class Table(Codebook):
         """Return the codes nearest to positions; ties go to the lower level."""
         inside = position.clamp(-1, 1).flatten()
         bins = inside.add(1).mul_(TABLE_BINS / 2).to(torch.int32)
-        places = self._below.index_select(0, bins)
-        places += inside > self._borders.index_select(0, places.to(torch.int32))
+        places = self._below.to(bins.device).index_select(0, bins)
+        places += inside > self._borders.to(bins.device).index_select(0, places.to(torch.int32))
         return places.add_(self.low).view(position.shape)
 
 

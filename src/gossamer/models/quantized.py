@@ -19,7 +19,7 @@ Shape suffixes: O output channels (rows), I inputs of one row (all other dimensi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -235,6 +235,13 @@ class Quantized:
     def group_size(self) -> int:
         """Return the number of inputs that share a scale."""
         return self.codes.shape[1] // self.num_groups
+
+    def to(self, device: torch.device) -> Quantized:
+        """Return the codes on a device; themselves where they lie there."""
+        if self.codes.device == device:
+            return self
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero_point=zero_point)
 
     def dequantize(self) -> Tensor:
         """Return the float32 values in the parameter's own shape."""

@@ -63,9 +63,9 @@ class Scaling:
 
     def shared(self, values_I: Tensor) -> Tensor:
         """Return `values_I` averaged over the inputs that one producer channel feeds, [I]."""
-        channels_I = torch.tensor(self.channels)
-        size = int(channels_I.max()) + 1
-        sums_P = torch.zeros(size, dtype=values_I.dtype).index_add_(0, channels_I, values_I)
+        channels_I = torch.tensor(self.channels, device=values_I.device)
+        size = max(self.channels) + 1
+        sums_P = torch.zeros(size, dtype=values_I.dtype, device=values_I.device).index_add_(0, channels_I, values_I)
         return (sums_P / torch.bincount(channels_I, minlength=size).clamp(min=1))[channels_I]
 
     def __str__(self) -> str:
@@ -97,16 +97,18 @@ def find_scalings(block: nn.Module, call: Call) -> list[Scaling]:
 def scaled_weights(module: nn.Module, scaling: Scaling, factors_I: Tensor) -> dict[str, Tensor]:
     """Return new values for the parameters of a place: producers divided, consumers' input columns multiplied.
 
-    `factors_I` are positive and equal over inputs that one producer channel feeds. The module is left as it is.
+    `factors_I` are positive and equal over inputs that one producer channel feeds. The module is left as it is, and the
+    values are found where its own lie.
     """
-    factors_I = factors_I.detach().float()
+    device = module.get_parameter(scaling.producers[0]).device
+    factors_I = factors_I.detach().float().to(device)
     assert bool((factors_I > 0).all()), "factors are positive"
-    channels_I = torch.tensor(scaling.channels)
+    channels_I = torch.tensor(scaling.channels, device=device)
     scaled: dict[str, Tensor] = {}
     for name in scaling.producers:
         values = module.get_parameter(name).detach()
         axis = values.dim() - 1 if name in scaling.turned else 0
-        factors_P = torch.ones(values.shape[axis])
+        factors_P = torch.ones(values.shape[axis], device=device)
         factors_P[channels_I] = factors_I
         assert torch.equal(factors_P[channels_I], factors_I), f"{name}: inputs of one channel have different factors"
         wide = factors_P.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])

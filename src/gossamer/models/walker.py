@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gossamer.errors import TechniqueError
 from gossamer.models.roles import Stack
+from gossamer.models.spilled import tensors_changed
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Any]
 Output = Tensor | tuple[Any, ...]
@@ -30,6 +32,12 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def on(self, device: torch.device) -> Call:
+        """Return the call with its tensors on a device; itself for the CPU, where calls are found."""
+        if device.type == "cpu":
+            return self
+        return Call(*tensors_changed((self.args, self.kwargs), lambda values: values.to(device, non_blocking=True)))
 
     def __call__(self, block: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Output:
         """Call a block with it, with other values for some of the block's parameters when given.

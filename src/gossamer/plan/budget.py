@@ -17,10 +17,12 @@ from gossamer.measure.machine import memory_bytes
 from gossamer.measure.memory import resident_bytes
 from gossamer.models.source import Source
 from gossamer.run.atomic import check_space, readable_bytes
+from gossamer.run.device import free_bytes
 from gossamer.run.team import Team
 from gossamer.runtimes.base import Runtime
 from gossamer.techniques.base import Technique
 from gossamer.techniques.blockwise import BlockTechnique
+from gossamer.techniques.sweep_device import device_bytes
 
 if TYPE_CHECKING:
     from gossamer.plan.job import Job
@@ -75,6 +77,18 @@ def needed_bytes(job: Job, step: Technique) -> int:
     return resident_bytes() + (job.budget or 0) + work
 
 
+def device_needs(job: Job, step: BlockTechnique) -> dict[str, int]:
+    """Return about how much each stage of a sweep takes on the GPU of a job at its peak; nothing on the CPU."""
+    if job.device.type == "cpu":
+        return {}
+    return device_bytes(step, job.model, _sample_bytes(job) + _passing_bytes(job))
+
+
+def device_limit(job: Job) -> int:
+    """Return the bytes that may be used on the GPU of a job: most of what is free; 0 on the CPU."""
+    return 0 if job.device.type == "cpu" else int(SHARE_OF_FREE * free_bytes(job.device))
+
+
 def samples_memory(job: Job, step: Technique) -> int | None:
     """Return how many bytes the calibration samples of a step may take together, beside the block at hand.
 
@@ -104,8 +118,8 @@ def _passing_bytes(job: Job) -> int:
 
 
 def _tokens(job: Job) -> int:
-    """Return the length of the longest calibration sample; of a model that is opened whole nobody has to know."""
-    samples = job.calibration if job.budget is not None else ()
+    """Return the length of the longest calibration sample; of a model that is opened whole only a GPU has to know."""
+    samples = job.calibration if job.budget is not None or job.device.type != "cpu" else ()
     return max((batch.inputs[next(iter(batch.inputs))].size for batch in samples), default=0)
 
 

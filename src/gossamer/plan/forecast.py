@@ -7,7 +7,8 @@
     pass on     samples through the solved blocks                   train       rows forward and back
 
 Seconds come from counts (passes, multiply-accumulates, bytes) divided by rates that were measured on this machine with
-this model (`rates.py`); memory from what each stage holds at once, all processes together. The counts that no formula
+this model (`rates.py`); memory from what each stage holds at once, all processes together, and on a GPU where one
+computes (`techniques/sweep_device.py`); seconds are then still those of the CPU. The counts that no formula
 gives were fitted once, to solvers and runs on one machine; docs/concepts/planner.md tells how near they come. Left out:
 what a step costs beyond passes and solving (the searches of `smooth`), and speed-ups of the artifact over the original.
 
@@ -26,7 +27,7 @@ from typing import Any
 from gossamer.errors import RunError, TechniqueError
 from gossamer.measure.size import shipped_bytes
 from gossamer.models.roles import ModelMap
-from gossamer.plan.budget import memory_limit, needed_bytes
+from gossamer.plan.budget import device_limit, device_needs, memory_limit, needed_bytes
 from gossamer.plan.comparison import CHECKED_VALUES
 from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
@@ -59,17 +60,24 @@ class _Costs:
 
     memory: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    device: dict[str, int] = field(default_factory=dict)
 
-    def add(self, stage: str, memory: float, seconds: float) -> None:
+    def add(self, stage: str, memory: float, seconds: float, device: int = 0) -> None:
         """Note a part of a stage."""
         assert stage in STAGES
         self.memory[stage] = max(memory, self.memory.get(stage, 0.0))
         self.seconds[stage] = seconds + self.seconds.get(stage, 0.0)
+        self.device[stage] = max(device, self.device.get(stage, 0))
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the stages in their order."""
         return tuple(
-            Stage(name=name, memory_bytes=int(self.memory[name]), seconds=round(self.seconds[name], 2))
+            Stage(
+                name=name,
+                memory_bytes=int(self.memory[name]),
+                seconds=round(self.seconds[name], 2),
+                device_bytes=self.device[name],
+            )
             for name in STAGES
             if name in self.memory
         )
@@ -87,6 +95,7 @@ class Forecaster:
         self.where = where or job.run.folder
         self.known = self.where == job.run.folder  # then what lies in it need not be made again
         self.limit = memory_limit(job.memory)
+        self.device_limit = device_limit(job)
         self._resolved: dict[Technique, list[Decision]] = {}
 
     def of(self, steps: Sequence[Technique], *, covered: bool = False) -> Forecast:
@@ -107,6 +116,9 @@ class Forecaster:
             disk_bytes=sum(part.bytes for part in disk),
             disk_free=shutil.disk_usage(existing(self.where)).free,
             seconds=round(sum(stage.seconds for stage in stages), 1),
+            device=str(self.job.device),
+            device_bytes=max(stage.device_bytes for stage in stages),
+            device_limit=self.device_limit,
             coverage=coverage(steps, self.job.model, self.job.runtime) if covered else (),
         )
         return found.model_copy(update={"refusal": _refusal(found, self.where)})
@@ -216,12 +228,15 @@ class Forecaster:
             most = own + step.working_bytes(job.model, len(job.calibration), int(sample))
         else:
             most = needed_bytes(job, step)
-        reading = rates.read_seconds * share
-        costs.add("observe", most, one_pass + calling + moments / rates.macs_per_second + reading)
-        costs.add("solve", most, (solving + rounding) / rates.macs_per_second + learning + 2 * reading)
+        reading, there = rates.read_seconds * share, device_needs(job, step)
+        observing = one_pass + calling + moments / rates.macs_per_second + reading
+        costs.add("observe", most, observing, there.get("observe", 0))
+        seconds = (solving + rounding) / rates.macs_per_second + learning + 2 * reading
+        costs.add("solve", most, seconds, there.get("solve", 0))
         block = 4 * max((stack.num_parameters for stack in job.model.stacks), default=0)
         passing = own + 2 * count * sample + (block if job.budget is not None else 0)
-        costs.add("pass on", min(most, passing), one_pass * (1 + 3 * gated) + 2 * reading)
+        seconds = one_pass * (1 + 3 * gated) + 2 * reading
+        costs.add("pass on", min(most, passing), seconds, there.get("pass on", 0))
 
     def _is_swept(self, step: BlockTechnique, applied: Sequence[Any]) -> bool:
         """Say whether the run folder holds the codes of every block already."""
@@ -277,6 +292,8 @@ def check_forecast(found: Forecast, label: str) -> None:
             f"{label} {found.refusal}",
             "raise --memory, give fewer or shorter calibration rows, or round without data: quantize",
         )
+    if found.device_bytes > found.device_limit:
+        raise TechniqueError(f"{label} {found.refusal}", "give shorter calibration rows, or use --device cpu")
     raise RunError(f"{label} {found.refusal}", "free some space, or name a folder on another disk with --out")
 
 
@@ -287,6 +304,12 @@ def _refusal(found: Forecast, folder: Path) -> str:
         return (
             f"needs about {found.memory_bytes / 2**30:.1f} GiB of memory ({worst.name}); "
             f"{found.memory_limit / 2**30:.1f} GiB may be used"
+        )
+    if found.device_bytes > found.device_limit:
+        worst = max(found.stages, key=lambda stage: stage.device_bytes)
+        return (
+            f"needs about {found.device_bytes / 2**30:.1f} GiB on {found.device} ({worst.name}); "
+            f"{found.device_limit / 2**30:.1f} GiB may be used there"
         )
     if found.disk_bytes > found.disk_free:
         return (

@@ -22,6 +22,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.plan.calibration import apart
+from gossamer.run.device import CPU
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
@@ -69,6 +70,7 @@ class Job:
     memory: int | None = None  # bytes that the run may take, when the user set a limit
     budget: int | None = None  # bytes of weights that may be in memory; None: whole models are opened
     team: Team = ALONE  # the processes that carry out this job together
+    device: torch.device = CPU  # where calibration and training compute
     findings: tuple[Finding, ...] = ()  # about the calibration rows
     rows: Rowset = field(default_factory=Rowset)
 

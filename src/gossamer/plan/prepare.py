@@ -27,6 +27,7 @@ from gossamer.plan.budget import streamed_budget, weights_budget
 from gossamer.plan.calibration import check_calibration, kept_apart
 from gossamer.plan.job import Job, Rowset
 from gossamer.plan.words import words_of
+from gossamer.run.device import chosen_device
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.team import ALONE, Team
@@ -55,6 +56,7 @@ class Inputs:
     seed: int = 0
     threads: int | None = None
     memory: int | None = None  # bytes that the run may take; None: what is free now
+    device: str = "auto"  # where calibration and training compute: auto, cpu, cuda
     calibration_rows: int = 128
     evaluation_rows: int | None = None
     forward: Forward | None = None
@@ -81,6 +83,7 @@ def prepare(inputs: Inputs) -> Prepared:
 
     Without separate evaluation rows the data are split by content. Raises DataError, ModelError or TaskError.
     """
+    chosen_device(inputs.device)  # told before anything is read
     source = Source.open(inputs.model, forward=inputs.forward, trust_remote_code=inputs.trust_remote_code)
     task = get_task(inputs.task, **inputs.task_settings)
     if inputs.data is None:
@@ -196,6 +199,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             budget=budget,
             memory=inputs.memory,
             team=team,
+            device=chosen_device(inputs.device, team),
             findings=findings,
             rows=Rowset(prepared.calibration, inputs.calibration_rows, judged, prepared.others),
         )

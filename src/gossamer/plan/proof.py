@@ -107,6 +107,7 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         run=job.run,
         identity=job.step_inputs(calibration=job.prints["calibration"], seed=job.seed),
         team=job.team,
+        device=job.device,
         training=partial(getattr, job, "training"),
         training_print=job.prints["training"],
     )

@@ -30,6 +30,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.walker import block_keys
 from gossamer.plan.job import Job
 from gossamer.plan.records import Record
+from gossamer.run.device import CPU
 from gossamer.tasks.base import Arrays, Batch, spread
 
 NUM_BATCHES = 3  # that are scored, the first to warm up
@@ -133,7 +134,7 @@ def _time_training(job: Job) -> TrainingRate:
     with fused_attention(candidate.module):
         longest = max(job.calibration, key=lambda row: values_of([row]))
         each = kept_bytes(lambda: next(losses([longest])))
-        together = max(1, min(TIMED_ROWS, int(SHARE_TIMED * free_bytes() / max(1, each))))
+        together = max(1, min(TIMED_ROWS, int(SHARE_TIMED * free_bytes(CPU) / max(1, each))))
         for number in range(TIMED_STEPS):
             rows = [job.calibration[(number * together + i) % len(job.calibration)] for i in range(together)]
             began = time.perf_counter()

@@ -51,11 +51,15 @@ class Prediction(Record):
 
 
 class Stage(Record):
-    """Hold what one stage of carrying out a recipe is expected to take: bytes of all processes then, seconds in all."""
+    """Hold what one stage of carrying out a recipe is expected to take: bytes of all processes then, seconds in all.
+
+    `device_bytes` is what lies on the GPU, where one computes.
+    """
 
     name: str
     memory_bytes: int
     seconds: float
+    device_bytes: int = 0
 
 
 class DiskUse(Record):
@@ -80,7 +84,8 @@ class Forecast(Record):
     """Hold what carrying out one recipe is expected to take, before anything is spent; `refusal` says why it cannot be.
 
     `memory_limit` is what the run may take, `disk_free` what the run folder's disk holds besides what lies there
-    already; `streamed` says that the model is read piece by piece.
+    already; `streamed` says that the model is read piece by piece. `device` is where calibration computes, and
+    `device_limit` what it may take there (on the CPU both figures are 0: that is `memory_bytes`).
     """
 
     streamed: bool
@@ -91,6 +96,9 @@ class Forecast(Record):
     disk_bytes: int
     disk_free: int
     seconds: float  # of all stages
+    device: str = "cpu"
+    device_bytes: int = 0  # the most that any stage takes there
+    device_limit: int = 0
     coverage: tuple[Covered, ...] = ()
     refusal: str = ""
 

@@ -33,11 +33,12 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 @dataclass(frozen=True)
 class Team:
-    """Say which process of how many this is (`local_size` of them on this machine), and pass things between them."""
+    """Say which process of how many this is, and of those on this machine (`local`), and pass things between them."""
 
     rank: int = 0
     size: int = 1
     local_size: int = 1
+    local_rank: int = 0
 
     @property
     def leads(self) -> bool:
@@ -112,7 +113,8 @@ def assembled() -> Iterator[Team]:
     if ours:
         _connect(alone_here=here == num_processes())
     try:
-        yield Team(dist.get_rank(), dist.get_world_size(), here)
+        rank = dist.get_rank()
+        yield Team(rank, dist.get_world_size(), here, int(os.environ.get("LOCAL_RANK", rank % here)))
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise

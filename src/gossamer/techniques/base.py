@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.errors import TechniqueError
@@ -19,6 +20,7 @@ from gossamer.models.caches import CacheSpec
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import Cut, LayerInfo, ModelMap
+from gossamer.run.device import CPU
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.run.workspace import Run
@@ -74,7 +76,8 @@ class Context:
     `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
     `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
     processes that carry out this step together, each with the same candidate. `training` gives the batches, of one row
-    each, that neither calibrate nor prove, and `training_print` is the hash of their rows.
+    each, that neither calibrate nor prove, and `training_print` is the hash of their rows. `device` is where samples
+    pass blocks, solvers compute and trainings take place; the candidate itself lies in main memory.
     """
 
     task: Task
@@ -88,6 +91,7 @@ class Context:
     team: Team = ALONE
     training: Callable[[], Sequence[Batch]] = tuple
     training_print: str = ""
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)

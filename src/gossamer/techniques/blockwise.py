@@ -22,20 +22,22 @@ the layers of each block, and find what one would (`sweep_shared.py`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.candidate import Candidate
+from gossamer.models.moved import moved
 from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import Call, Output, hidden_states
+from gossamer.run.device import CPU
 from gossamer.run.team import ALONE, Team
 from gossamer.techniques.base import Context, Decision, Technique, check_not_rounded
 from gossamer.techniques.quantize.grid import quantize_weight
@@ -54,8 +56,10 @@ class _AllSeen(Exception):  # not an error: nothing that the pass would still co
     pass
 
 
-def observe(layers: Mapping[str, nn.Module], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments]:
-    """Return the moments of the inputs of some layers over some passes, which are run here.
+def observe(
+    layers: Mapping[str, nn.Module], passes: Iterable[Callable[[], Any]], device: torch.device = CPU
+) -> dict[str, Moments]:
+    """Return the moments of the inputs of some layers, on a device, over some passes, which are run here.
 
     Layers that are given one and the same tensor (queries, keys and values) share one Moments. A layer that no pass
     reaches is missing in the result. Passes end where the last of the layers is given its input, if the first of them
@@ -75,8 +79,8 @@ def observe(layers: Mapping[str, nn.Module], passes: Iterable[Callable[[], Any]]
         if leader == name or found.setdefault(name, found[leader]) is not found[leader]:
             rows = layer_inputs(module, values)
             if name not in found:
-                found[name] = Moments.empty(rows.shape[-1])
-            found[name].add(rows)
+                found[name] = Moments.empty(rows.shape[-1], device)
+            found[name].add(rows.to(device))
         if name == last:
             raise _AllSeen
 
@@ -104,7 +108,9 @@ def _patches(layer: nn.Module) -> str:
 class Block:
     """Hold one block while it is solved: its calls, the decisions inside it, the reference outputs.
 
-    `calls` are the live samples'; `targets` the reference's outputs for as many samples as are known.
+    `calls` are the live samples'; `targets` the reference's outputs for as many samples as are known. Both lie in main
+    memory (or in files), as does what is put in place of parameters; weights, moments and outputs that are asked for
+    are on `device`.
     """
 
     name: str
@@ -119,6 +125,7 @@ class Block:
     owners: Mapping[str, int]
     team: Team
     seed: int = 0
+    device: torch.device = CPU
     dtype: str = FLOAT32  # of the passes that observe and hand on
     solved: dict[str, Quantized] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)  # parameters that got other plain values
@@ -152,8 +159,9 @@ class Block:
         layers = {name: layer for name, layer in owners.items() if has_moments(layer)}
         if not layers:
             return {}  # no pass for nothing
-        with self.in_memory(), computing(self.dtype):
-            found = summed(self.team, self.share, lambda part: observe(layers, self.passes(part)), self.owners)
+        with self.in_memory(), computing(self.dtype, self.device):
+            observed = lambda part: observe(layers, self.passes(part), self.device)  # noqa: E731
+            found = summed(self.team, self.share, observed, self.owners, self.device)
         self.routed = tokens_of_experts([decision.layer for decision in self.inside.values()], found)
         shrunk(found[name] for name, one in self.decisions.items() if one.layer.experts is not None and name in found)
         return found
@@ -170,24 +178,36 @@ class Block:
             self.starved[parameter] = f"{layer.name}: {tokens} of {needed} tokens, {otherwise}"
         return False
 
-    def in_memory(self) -> AbstractContextManager[None]:
-        """Keep the block's weights in memory while the `with` lasts (those of a whole model are never kept)."""
-        return self.candidate.held(self.module) if self.calls else nullcontext()
+    @contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Keep the block's weights in memory, where samples pass it, while the `with` lasts; they must not change.
+
+        Those of a whole model are never kept, nor moved.
+        """
+        if not self.calls:
+            yield
+            return
+        with self.candidate.held(self.module), moved(self.module, self.device):
+            yield
+
+    def output(self, call: Call, weights: Mapping[str, Tensor] | None = None) -> Output:
+        """Return what the block answers to a call, while it is in memory; with other values for some parameters."""
+        return call.on(self.device)(self.module, weights)
 
     def weight(self, parameter: str) -> Tensor:
         """Return a parameter's present values, in its own shape."""
-        return self.candidate.values(parameter)
+        return self.candidate.values(parameter).to(self.device)
 
     def set_quantized(self, parameter: str, codes: Quantized) -> None:
         """Put codes in place of a parameter."""
-        self.solved[parameter] = codes
-        self.candidate.set_quantized(parameter, codes)
+        self.solved[parameter] = codes.to(CPU)
+        self.candidate.set_quantized(parameter, self.solved[parameter])
 
     def set_weight(self, parameter: str, values: Tensor) -> None:
         """Put other plain values in place of a parameter, one that is not rounded here (a norm) or not yet."""
         if parameter not in self.replaced:
-            self.replaced[parameter] = self.weight(parameter).clone()
-        self.weights[parameter] = values.detach().float().clone()
+            self.replaced[parameter] = self.candidate.values(parameter).clone()
+        self.weights[parameter] = values.detach().float().cpu().clone()
         self.candidate.put_weight(parameter, partial(self.weights.__getitem__, parameter))
 
     def exchange(self) -> None:
@@ -225,7 +245,8 @@ class Block:
         with self.in_memory():
             pairs = zip(self.calls[:here], self.targets[:here], strict=True)
             return self._mean(
-                token_error(hidden_states(call(self.module)), hidden_states(target)) for call, target in pairs
+                token_error(hidden_states(self.output(call)), hidden_states(target).to(self.device))
+                for call, target in pairs
             )
 
     def drift(self) -> float:
@@ -233,10 +254,10 @@ class Block:
         errors = []
         with self.in_memory():
             for call in self.calls[: self.share.first(NUM_TRIED)]:
-                exact = hidden_states(call(self.module))
+                exact = hidden_states(self.output(call))
                 try:
-                    with computing(BFLOAT16):
-                        errors.append(token_error(hidden_states(call(self.module)), exact))
+                    with computing(BFLOAT16, self.device):
+                        errors.append(token_error(hidden_states(self.output(call)), exact))
                 except RuntimeError:  # the model's own code mixes dtypes in a way that autocast does not see
                     errors.append(torch.tensor(torch.inf))
         return self._mean(errors)
@@ -267,7 +288,7 @@ def token_error(found: Tensor, wanted: Tensor) -> Tensor:
     ).mean()
 
 
-def _moment_bytes(decision: Decision) -> int:
+def moment_bytes(decision: Decision) -> int:
     """Return what the moments of a layer's input take, 0 where it shares another layer's."""
     return 0 if decision.layer.role in SHARED_INPUTS else 4 * torch.Size(decision.layer.shape[1:]).numel() ** 2
 
@@ -280,6 +301,8 @@ class BlockTechnique(Technique):
         "auto",
         description="what samples pass blocks in: bfloat16 where that is faster and cannot be told, or as set",
     )
+
+    learned_value_bytes: ClassVar[int] = 0  # on the device, for each weight of a block that learns from its output
 
     @abstractmethod
     def solve(self, block: Block) -> None:
@@ -299,9 +322,8 @@ class BlockTechnique(Technique):
             if decision.weight is not None:
                 transposed = decision.layer.transposed
                 weight = self.without_samples(block.weight(parameter), transposed)
-                found[parameter] = quantize_weight(
-                    weight, decision.weight, scale="mse", transposed=transposed, name=parameter
-                )
+                codes = quantize_weight(weight, decision.weight, scale="mse", transposed=transposed, name=parameter)
+                found[parameter] = codes.to(CPU)
         return found
 
     def without_samples(self, weight: Tensor, transposed: bool) -> Tensor:
@@ -327,7 +349,7 @@ class BlockTechnique(Technique):
         largest = 0
         for (stack, _), decisions in places.items():
             values = sum(decision.layer.num_parameters for decision in decisions) if stack is not None else 0
-            moments = sum(_moment_bytes(decision) for decision in decisions)
+            moments = sum(moment_bytes(decision) for decision in decisions)
             # moments twice: a sum over the samples so far, and that of the chunk at hand
             largest = max(largest, PASSED_VALUE_BYTES * values + (2 * moments if stack is not None else 0))
             for decision in decisions:  # moments of layers that were solved are given back
@@ -335,7 +357,7 @@ class BlockTechnique(Technique):
                 # their factor in float64, and the rows with their codes and what is subtracted from them
                 solve = 8 * inputs**2 + 16 * rows * inputs
                 largest = max(largest, SOLVED_VALUE_BYTES * values + max(moments, 4 * inputs**2) + solve)
-                moments -= _moment_bytes(decision)
+                moments -= moment_bytes(decision)
         samples = min(self.samples, num_samples) * sample_bytes
         return max(largest, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
 

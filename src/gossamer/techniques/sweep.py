@@ -18,11 +18,13 @@ from gossamer.errors import TechniqueError
 from gossamer.models.attention import fused_attention
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap, Stack
-from gossamer.models.spilled import Lazy
+from gossamer.models.spilled import Lazy, tensors_changed
 from gossamer.models.walker import Call, Output, Stream, Walker, block_keys
+from gossamer.run.device import in_main_memory, whole_float32
 from gossamer.techniques.base import Context, Decision
 from gossamer.techniques.blockwise import Block, BlockTechnique
 from gossamer.techniques.routing import told
+from gossamer.techniques.sweep_device import memory_errors
 from gossamer.techniques.sweep_memory import LIVE, REFERENCE, SweepMemory
 from gossamer.techniques.sweep_precision import (
     BFLOAT16,
@@ -76,7 +78,8 @@ class Sweep:
         self.walker = Walker(candidate.module, lambda module, inputs: source.forward(module, inputs, output), samples)
         applied = [*candidate.applied, technique.entry()]
         self.memory = SweepMemory(context.run, {**context.identity, "applied": applied}, context.team)
-        self.samples = Samples(context.samples_memory, self.memory.scratch)
+        self.device = context.device
+        self.samples = Samples(context.samples_memory, self.memory.scratch, pinned=self.device.type != "cpu")
         self.dtype = FLOAT32  # of the passes of the block before
 
     def run(self) -> None:
@@ -86,6 +89,8 @@ class Sweep:
         with (
             self.candidate.simulated(),
             fused_attention(self.candidate.module),
+            whole_float32(self.device),
+            memory_errors(self.technique.label(), self.device),
             torch.no_grad(),
             self.context.progress.stage(f"{self.technique.name}: blocks", len(places) + 1) as advance,
         ):
@@ -109,11 +114,18 @@ class Sweep:
             passed = len(places)  # nothing but codes is needed
         else:
             passed = self.memory.load_streams(places, live, reference, self.share)
+        elsewhere: set[str] = set()
         for stack, index in places[:passed]:
             remembered = self.memory.load(stack.name, index, self._block_at(stack, index, []))
             assert remembered is not None, f"{stack.name} {index} was passed, but its codes are gone"
             self.dtype = remembered["dtype"]
+            elsewhere |= {remembered["device"]} - {self.device.type}
             self._note_experts(remembered)
+        if elsewhere and passed < len(places):  # what is finished stays: it is as good, but for the last bits
+            self.context.progress.say(
+                f"{self.technique.name}: {passed} blocks are finished, some of them on {', '.join(sorted(elsewhere))}, "
+                f"and {self.device.type} goes on: last bits may differ from those of one device alone"
+            )
         return passed
 
     def _block_at(self, stack: Stack, index: int, calls: Sequence[Call]) -> Block:
@@ -121,7 +133,8 @@ class Sweep:
         key = block_keys(container)[index]
         module = container.get_submodule(key)
         inside = {p: d for p, d in self.decisions.items() if self.place[p] == (stack.name, index)}
-        passes = lambda part: (partial(call, module) for call in calls[part.start : part.stop])  # noqa: E731
+        device = self.device
+        passes = lambda part: (partial(call.on(device), module) for call in calls[part.start : part.stop])  # noqa: E731
         return self._of(f"{stack.name}.{key}", module, calls, inside, passes)
 
     def _of(
@@ -136,8 +149,9 @@ class Sweep:
         owners = owners_of(inside.values(), team, split=self.technique.layer_by_layer)
         mine = {parameter: decision for parameter, decision in inside.items() if owners[parameter] == team.rank}
         return Block(
-            name, module, calls, [], mine, inside, self.candidate, passes, self.share, owners, team, self.context.seed
-        )
+            name, module, calls, [], mine, inside, self.candidate, passes, self.share, owners, team,
+            self.context.seed, self.device,
+        )  # fmt: skip
 
     def _block(self, places: Sequence[tuple[Stack, int]], number: int, live: Stream, reference: Stream) -> None:
         began = time.monotonic()
@@ -157,28 +171,29 @@ class Sweep:
             self.memory.save(stack.name, index, block, finding)
         self.dtype = finding["dtype"]
         if number + 1 < len(places) or self._outside():
-            with block.in_memory(), computing(self.dtype):
+            with block.in_memory(), computing(self.dtype, self.device):
                 live.outputs = self._passed(places, number, LIVE, block.calls, block)
         plain = "" if finding["plain"] is None else f" (plain rounding {finding['plain']:.2e})"
         notes = "".join(f"; {note}" for note in finding["notes"])
         notes += told(finding["routed"], finding["starved"])
         self._note_experts(finding)
+        passes = f"passes in {self.dtype}" + ("" if self.device.type == "cpu" else f" on {self.device}")
         seconds = time.monotonic() - began
         self.context.progress.say(
-            f"{block.name}: error {finding['error']:.2e}{plain}{notes}, passes in {self.dtype}, {seconds:.1f} s"
+            f"{block.name}: error {finding['error']:.2e}{plain}{notes}, {passes}, {seconds:.1f} s"
         )
 
     def _passed(
         self, places: Sequence[tuple[Stack, int]], number: int, of: str, calls: Sequence[Call], block: Block
     ) -> Sequence[Output]:
         """Return what becomes of samples in a block: in memory if the calls are, else in the run folder's files."""
-        outputs = (full_precision(call(block.module)) for call in calls)
+        outputs = (tensors_changed(full_precision(block.output(call)), in_main_memory) for call in calls)
         return self.memory.passed(places, number, of, outputs, share=self.share, spilled=isinstance(calls, Lazy))
 
     def _solve(self, block: Block) -> dict[str, Any]:
         """Solve a block, compare with plain rounding on the gated samples, and fall back where that is better."""
         streamed = self.candidate.weights is not None  # then the values are read again
-        before = {parameter: block.weight(parameter) for parameter in block.inside if not streamed}
+        before = {parameter: self.candidate.values(parameter) for parameter in block.inside if not streamed}
         before = {parameter: values.clone() for parameter, values in before.items()}
         plain_error = None
         plain = shared_codes(block.team, self.technique.plain_codes(block))
@@ -205,6 +220,7 @@ class Sweep:
                 "the model overflows in float32: look at its weights with `gossamer inspect`",
             )
         found = {"error": error, "plain": plain_error, "notes": block.notes, "dtype": block.dtype}
+        found["device"] = self.device.type
         return {**found, "routed": block.routed, "starved": block.starved}
 
     def _note_experts(self, finding: Mapping[str, Any]) -> None:
@@ -218,7 +234,7 @@ class Sweep:
     def _dtype(self, block: Block, plain_error: float | None) -> str:
         """Return what the passes that observe this block and hand its outputs on compute in."""
         wanted = self.technique.calibration_dtype
-        if not block.team.everywhere(worth_trying(wanted)):
+        if not block.team.everywhere(worth_trying(wanted, self.device)):
             return FLOAT32 if wanted == "auto" else wanted
         return BFLOAT16 if block.drift() <= allowed_drift(plain_error) else FLOAT32
 

@@ -1,6 +1,6 @@
-"""In which precision calibration samples pass a block: bfloat16 where the processor has it and nobody can tell.
+"""In which precision calibration samples pass a block: bfloat16 where the device has it and nobody can tell.
 
-Products of bfloat16 numbers take a fraction of the time of float32 ones where the processor multiplies them natively;
+Products of bfloat16 numbers take a fraction of the time of float32 ones where the device multiplies them natively;
 sums stay float32, and so do norms, residual sums and what is handed from block to block (PyTorch's autocast). It is
 used by the passes that observe a block, that hand its outputs on, and that rounding is learned from. Solvers, and the
 passes that errors are measured on, compute in float32 or float64.
@@ -21,6 +21,7 @@ import torch
 from gossamer.measure.machine import multiplies_bf16
 from gossamer.models.spilled import tensors_changed
 from gossamer.models.walker import Output
+from gossamer.run.device import CPU
 
 CalibrationDtype = Literal["auto", "float32", "bfloat16"]
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -29,9 +30,9 @@ DRIFT = 0.01
 DRIFT_ALONE = 1e-5
 
 
-def computing(dtype: str) -> AbstractContextManager[object]:
-    """Let products be computed in a dtype while the `with` lasts; weights must not change meanwhile."""
-    return torch.autocast("cpu", torch.bfloat16) if dtype == BFLOAT16 else nullcontext()
+def computing(dtype: str, device: torch.device = CPU) -> AbstractContextManager[object]:
+    """Let products on a device be computed in a dtype while the `with` lasts; weights must not change meanwhile."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == BFLOAT16 else nullcontext()
 
 
 def full_precision(output: Output) -> Output:
@@ -45,6 +46,8 @@ def allowed_drift(plain_error: float | None) -> float:
     return DRIFT_ALONE if plain_error is None else DRIFT * plain_error
 
 
-def worth_trying(wanted: CalibrationDtype) -> bool:
-    """Say whether the precision has to be found out: nobody has set it, and bfloat16 would be faster here."""
-    return wanted == "auto" and multiplies_bf16()
+def worth_trying(wanted: CalibrationDtype, device: torch.device = CPU) -> bool:
+    """Say whether the precision has to be found out: nobody has set it, and bfloat16 would be faster on a device."""
+    if device.type == "cpu":
+        return wanted == "auto" and multiplies_bf16()
+    return wanted == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)

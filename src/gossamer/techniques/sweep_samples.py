@@ -24,6 +24,7 @@ from torch import Tensor
 from gossamer.models.spilled import Lazy, Place, TensorFile, tensors_changed, tensors_in
 from gossamer.models.walker import Call, Output, Stream
 from gossamer.run.atomic import check_space, storage_errors
+from gossamer.run.device import pinned_bytes
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class _Piece:
 class Samples:
     """Hold the calls of a block in memory, or in a file in `scratch` when more than `allowed` bytes would be needed.
 
-    `allowed` None: as many as there are. Calls that lie in a file are Lazy.
+    `allowed` None: as many as there are. Calls that lie in a file are Lazy. Outputs that are `pinned` take more.
     """
 
-    def __init__(self, allowed: int | None, scratch: Path | None) -> None:
+    def __init__(self, allowed: int | None, scratch: Path | None, *, pinned: bool = False) -> None:
         self._allowed = allowed
         self._scratch = scratch
+        self._taken: Callable[[int], int] = pinned_bytes if pinned else int
 
     def calls(self, found: Callable[[Stream], Iterator[Call]], stream: Stream, count: int) -> Sequence[Call]:
         """Return the calls that `found` finds behind a stream; `count` samples pass the block, of both streams."""
@@ -50,24 +52,22 @@ class Samples:
         first = next(calls, None)
         if first is None:
             return []
-        needed = count * _bytes_of(first)
-        if self._scratch is None or self._allowed is None or needed <= self._allowed - _held_bytes(stream):
+        needed = count * self._bytes_of(first)
+        if self._scratch is None or self._allowed is None or needed <= self._allowed - self._held_bytes(stream):
             return [first, *calls]
         check_space(self._scratch, 2 * needed)  # calls and outputs, the outputs before them, and the reference's
         with storage_errors(self._scratch, 2 * needed):
             return _recorded(chain([first], calls), held.outputs, self._scratch)
 
+    def _held_bytes(self, stream: Stream) -> int:
+        """Return what the outputs of finished stacks take that are in memory."""
+        held = [outputs for outputs in stream.finished.values() if not isinstance(outputs, Lazy)]
+        return sum(self._taken(tensor.nbytes) for tensor in tensors_in(held))
 
-def _held_bytes(stream: Stream) -> int:
-    """Return what the outputs of finished stacks take that are in memory."""
-    held = [outputs for outputs in stream.finished.values() if not isinstance(outputs, Lazy)]
-    return sum(tensor.nbytes for tensor in tensors_in(held))
-
-
-def _bytes_of(call: Call) -> int:
-    """Return what a sample takes while it passes a block: the call, and an output as large as its largest input."""
-    sizes = [tensor.nbytes for tensor in tensors_in([call.args, call.kwargs])]
-    return sum(sizes) + max(sizes, default=0)
+    def _bytes_of(self, call: Call) -> int:
+        """Return what a sample takes while it passes a block: the call, and an output as large as its largest input."""
+        sizes = [self._taken(tensor.nbytes) for tensor in tensors_in([call.args, call.kwargs])]
+        return sum(sizes) + max(sizes, default=0)
 
 
 class _Last(Sequence[Output]):

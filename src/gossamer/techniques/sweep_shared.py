@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.models.spilled import as_bytes, dtype_name, dtype_named
+from gossamer.run.device import CPU
 from gossamer.run.team import Team
 from gossamer.techniques.base import Decision
 from gossamer.techniques.quantize.moments import Moments
@@ -78,20 +79,34 @@ def _cost(decision: Decision) -> int:
 
 
 def summed(
-    team: Team, share: Share, observe_part: Callable[[range], dict[str, Moments]], owners: Mapping[str, int]
+    team: Team,
+    share: Share,
+    observe_part: Callable[[range], dict[str, Moments]],
+    owners: Mapping[str, int],
+    device: torch.device = CPU,
 ) -> dict[str, Moments]:
     """Return the moments over all samples of the layers that this process owns.
 
-    `observe_part` gives the moments over some of the samples that are here, layers that read one tensor sharing one.
+    `observe_part` gives the moments over some of the samples that are here, layers that read one tensor sharing one;
+    like them the result lies on `device`.
     """
     totals: dict[str, Moments] = {}
     for _, places in share.rounds:
-        _add(team, totals, observe_part(places) if places else {}, owners)
+        _add(team, totals, observe_part(places) if places else {}, owners, device)
     return totals
 
 
-def _add(team: Team, totals: dict[str, Moments], part: Mapping[str, Moments], owners: Mapping[str, int]) -> None:
-    """Add what every process has observed in one round to the totals of the owners, by rank."""
+def _add(
+    team: Team,
+    totals: dict[str, Moments],
+    part: Mapping[str, Moments],
+    owners: Mapping[str, int],
+    device: torch.device,
+) -> None:
+    """Add what every process has observed in one round to the totals of the owners, by rank.
+
+    What is sent goes through main memory, so that it does not matter who has a GPU.
+    """
     groups = _groups(part)
     told = team.gathered([[names, seen.num_tokens, len(seen.max_abs_I)] for names, seen in groups])
     for source, theirs in enumerate(told):
@@ -100,10 +115,10 @@ def _add(team: Team, totals: dict[str, Moments], part: Mapping[str, Moments], ow
                 if team.rank == source != owner:
                     for tensor in groups[place][1].sums():
                         for piece in torch.split(tensor, ROWS_AT_A_TIME):
-                            team.send(piece, owner)
+                            team.send(piece.cpu(), owner)
                 if team.rank == owner:
                     mine = [name for name in names if owners[name] == owner]
-                    takers = _takers(totals, mine, num_inputs)
+                    takers = _takers(totals, mine, num_inputs, device)
                     if source != owner:
                         _receive(team, source, takers, num_tokens)
                         continue
@@ -119,17 +134,17 @@ def _groups(part: Mapping[str, Moments]) -> list[tuple[list[str], Moments]]:
     return list(found.values())
 
 
-def _takers(totals: dict[str, Moments], names: Sequence[str], num_inputs: int) -> list[Moments]:
+def _takers(totals: dict[str, Moments], names: Sequence[str], num_inputs: int, device: torch.device) -> list[Moments]:
     """Return the totals that belong to layers which share one sum: one, unless other chunks told them apart."""
     known = {id(totals[name]) for name in names if name in totals}
     if not known:
-        totals.update(dict.fromkeys(names, Moments.empty(num_inputs)))
+        totals.update(dict.fromkeys(names, Moments.empty(num_inputs, device)))
         return [totals[names[0]]]
     sharing = [name for name, seen in totals.items() if id(seen) in known]
     if len(known) == 1 and sorted(sharing) == sorted(names):
         return [totals[names[0]]]
     for name in names:
-        alone = Moments.empty(num_inputs)
+        alone = Moments.empty(num_inputs, device)
         if name in totals:
             alone.merge(totals[name])
         totals[name] = alone
@@ -142,8 +157,9 @@ def _receive(team: Team, source: int, takers: Sequence[Moments], num_tokens: int
         zip(*(taker.sums() for taker in takers), strict=True), (False, False, False, True), strict=True
     ):
         for pieces in zip(*(torch.split(whole, ROWS_AT_A_TIME) for whole in wholes), strict=True):
-            arrived = torch.empty_like(pieces[0])
+            arrived = torch.empty(pieces[0].shape, dtype=pieces[0].dtype)
             team.receive(arrived, source)
+            arrived = arrived.to(pieces[0].device)
             for piece in pieces:
                 if largest:
                     torch.maximum(piece, arrived, out=piece)

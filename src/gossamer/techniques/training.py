@@ -105,12 +105,6 @@ class TrainingTechnique(Technique):
             context.progress.say(
                 f"{self.name}: sharding: fsdp splits between processes, and one was started: all is here"
             )
-        if torch.cuda.is_available() and context.team.local_size > torch.cuda.device_count():
-            raise TechniqueError(
-                f"{self.name} trains on one GPU each: {context.team.local_size} processes were started here, "
-                f"{torch.cuda.device_count()} GPUs are there",
-                "start as many processes as there are GPUs",
-            )
         if candidate.weights is not None:
             raise TechniqueError(
                 f"{self.name} needs the model whole, and this one is read piece by piece",
@@ -211,7 +205,7 @@ class TrainingTechnique(Technique):
         """Return how long and how fast."""
         precision = self.precision
         if precision == "auto":
-            faster = multiplies_bf16() or torch.cuda.is_available()
+            faster = multiplies_bf16() or context.device.type != "cpu"
             precision = "bf16" if context.team.everywhere(faster) else "fp32"
         return Plan(
             epochs=self.epochs,
@@ -222,6 +216,7 @@ class TrainingTechnique(Technique):
             precision=precision,
             sharded=self.sharding == "fsdp",
             seed=context.seed,
+            device=context.device,
         )
 
     def _learned(self, candidate: Candidate, context: Context, train: Training) -> tuple[Any, dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gossamer.errors import TechniqueError
 from gossamer.measure.machine import memory_bytes
 from gossamer.run.atomic import readable_bytes, write_text
+from gossamer.run.device import free_bytes as device_free_bytes
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
@@ -79,16 +80,16 @@ def fitting_rows(
     return found
 
 
-def free_bytes(*networks: nn.Module | None, sharing: int = 1) -> int:
+def free_bytes(device: torch.device, *networks: nn.Module | None, sharing: int = 1) -> int:
     """Return the bytes that are free where training takes place: on the GPU, or in main memory.
 
     On a GPU these are what is left once the `networks`, which may lie in main memory still, were moved there; main
     memory is divided among `sharing` processes.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         return memory_bytes()[1] // sharing
     held = {values for one in networks if one is not None for values in (*one.parameters(), *one.buffers())}
-    return int(torch.cuda.mem_get_info()[0]) - sum(values.nbytes for values in held if values.device.type == "cpu")
+    return device_free_bytes(device) - sum(values.nbytes for values in held if values.device.type == "cpu")
 
 
 def remembered(folder: Path, find: Callable[[], int], team: Team = ALONE) -> int:

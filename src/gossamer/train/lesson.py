@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gossamer.errors import TechniqueError
 from gossamer.models.attention import fused_attention
 from gossamer.models.self_attention import outputs_of
+from gossamer.run.device import CPU
 from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
 from gossamer.train.objectives import Objective, Seen
@@ -41,6 +42,7 @@ class Plan:
     sharded: bool = False  # where several processes train: each holds its part of weights, gradients and moments
     only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
     seed: int = 0
+    device: torch.device = CPU
 
 
 class Schedule(Protocol):

@@ -136,7 +136,7 @@ def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: T
     dtype = torch.float16 if plan.precision == "fp16" else torch.bfloat16
     with lesson.ready(), trainable(lesson.student, plan):
         trained = sum(values.numel() for values in Weights(lesson.student, lesson.projections).trained().values())
-        free = free_bytes(lesson.student, lesson.teacher, sharing=team.local_size)
+        free = free_bytes(plan.device, lesson.student, lesson.teacher, sharing=team.local_size)
         if plan.memory is not None:
             free = plan.memory + COPIES * 4 * trained
         return fitting_rows(plan.batch_size // team.size, longest, run, trained, free, progress, label)
@@ -186,7 +186,7 @@ def _arguments(
 ) -> TrainingArguments:
     share = rows_of_one(plan.batch_size, team, "a training")
     micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= (plan.micro_batch or share))
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = plan.device.type == "cpu"  # else transformers takes the GPU of this process's number, as ours is
     steps = math.ceil(num_rows / plan.batch_size)
     every = max(1, math.ceil(steps / EVALUATIONS))
     return TrainingArguments(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gossamer.errors import TechniqueError
 from gossamer.models.quantized import QuantSpec
-from gossamer.techniques.quantize.gptq import gptq, inverse_factor, output_error
+from gossamer.techniques.quantize.gptq import gptq, output_error
 from gossamer.techniques.quantize.grid import minmax_grid, quantize_weight
+from gossamer.techniques.quantize.inverse_factor import inverse_factor
 
 GRIDS = [
     QuantSpec(bits=4),

@@ -115,8 +115,8 @@ class Compensate(ThinLayers, BlockTechnique):
         for parameter, decision in block.decisions.items():
             seen, codes, layer = moments.pop(parameter, None), self._codes[parameter], decision.layer.name
             known = block.enough(parameter, seen, "corrected without")
-            before_OI, rounded_OI = block.weight(parameter).float().clone(), codes.dequantize()
-            second_II = torch.eye(before_OI.shape[1])
+            before_OI, rounded_OI = block.weight(parameter).float().clone(), codes.to(block.device).dequantize()
+            second_II = torch.eye(before_OI.shape[1], device=before_OI.device)
             bias = self._bias(layer)
             if known:
                 assert seen is not None
@@ -124,7 +124,7 @@ class Compensate(ThinLayers, BlockTechnique):
             up_OR, down_RI = low_rank(before_OI - rounded_OI, second_II, self.rank, damping=self.damping)
             if bias is not None and known:
                 assert seen is not None
-                left = corrected_bias(bias, before_OI, rounded_OI + up_OR @ down_RI, seen.mean_I)
+                left = corrected_bias(bias.to(block.device), before_OI, rounded_OI + up_OR @ down_RI, seen.mean_I)
                 block.set_weight(f"{layer}.bias", left)
             block.set_quantized(parameter, codes)
             block.set_weight(f"{layer}.lora_A.weight", down_RI.half())

@@ -151,7 +151,7 @@ class LowRank(BlockTechnique):
             bias = f"{decision.layer.name}.bias"
             owner = block.candidate.module.get_submodule(decision.layer.name)
             biased = getattr(owner, "bias", None) is not None
-            second_II = torch.eye(before_OI.shape[1])
+            second_II = torch.eye(before_OI.shape[1], device=before_OI.device)
             if block.enough(parameter, seen, "truncated as it stands"):
                 assert seen is not None
                 second_II = seen.covariance_II if biased else seen.second_II

@@ -78,7 +78,7 @@ class Masking(BlockTechnique):
             elif not gone:
                 assert second_II is not None
                 gone = obs_order(before_OI, second_II, unit, count, damping=self.damping)
-            stays_I = torch.ones(before_OI.shape[1] // unit, unit, dtype=torch.bool)
+            stays_I = torch.ones(before_OI.shape[1] // unit, unit, dtype=torch.bool, device=before_OI.device)
             stays_I[gone] = False
             after_OI = before_OI * stays_I.flatten()
             if self.refit and second_II is not None:

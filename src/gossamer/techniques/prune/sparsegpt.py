@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gossamer.techniques.prune.masks import Pattern, check_pattern, kept
-from gossamer.techniques.quantize.gptq import inverse_factor
+from gossamer.techniques.quantize.inverse_factor import inverse_factor
 
 
 def sparsegpt(
@@ -56,7 +56,7 @@ def sparsegpt(
         stop = min(start + block, num_inputs)
         here_Ob, factor_bb = rows_OI[:, start:stop], factor_II[start:stop, start:stop]
         step_b = factor_bb.diagonal()
-        keep_Ob = torch.ones(here_Ob.shape, dtype=torch.bool)
+        keep_Ob = torch.ones(here_Ob.shape, dtype=torch.bool, device=here_Ob.device)
         if pattern is None:
             wanted = math.floor(sparsity * stop * len(rows_OI) + 1e-9) - done
             keep_Ob = _all_but_smallest((here_Ob / step_b).square(), wanted)
@@ -77,6 +77,6 @@ def sparsegpt(
 
 def _all_but_smallest(costs_Ob: Tensor, count: int) -> Tensor:
     """Return a mask that is False for exactly `count` of the smallest costs of all rows."""
-    mask = torch.ones(costs_Ob.numel(), dtype=torch.bool)
+    mask = torch.ones(costs_Ob.numel(), dtype=torch.bool, device=costs_Ob.device)
     mask[torch.argsort(costs_Ob.flatten(), stable=True)[:count]] = False
     return mask.view(costs_Ob.shape)

@@ -84,7 +84,7 @@ def obs_path(
     `together` is the share of those left that may go between two judgements. The values that are yielded change as the
     path goes on. Raises TechniqueError as `obs_order` does.
     """
-    columns_Ub = torch.arange(weight_OI.shape[1]).view(-1, unit)
+    columns_Ub = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, unit)
     for gone, (left,) in _joint_path([(weight_OI, second_II, columns_Ub)], counts, damping, together):
         yield gone, left.weight_OI
 
@@ -104,7 +104,7 @@ def _joint_path(
 ) -> Iterator[tuple[list[int], list[_Left]]]:
     left = [_Left(weight_OI, second_II, columns_Ub, damping) for weight_OI, second_II, columns_Ub in readers]
     num_units = len(readers[0][2])
-    stays_U = torch.ones(num_units, dtype=torch.bool)
+    stays_U = torch.ones(num_units, dtype=torch.bool, device=readers[0][0].device)
     gone: list[int] = []
     for count in counts:
         while len(gone) < count:
@@ -135,7 +135,7 @@ class _Left:
         """Return what each unit's going alone adds to the error, as a share of the outputs, [U]."""
         at = self.columns_Ub
         pivots_Ubb = self.inverse_II[at[:, :, None], at[:, None, :]]
-        pivots_Ubb[~stays_U] = torch.eye(at.shape[1], dtype=torch.float64)  # these are zero by now
+        pivots_Ubb[~stays_U] = torch.eye(at.shape[1], dtype=torch.float64, device=at.device)  # these are zero by now
         columns_UbO = self.weight_OI.t()[at]
         losses_U: Tensor = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
         return losses_U / self.size
@@ -161,10 +161,10 @@ def made_up_for(weight_OI: Tensor, second_II: Tensor, stays_I: Tensor, *, dampin
     [[2.0, 0.0]]
     """
     second_II = second_II.double()
-    damped_II = second_II + _extra(second_II, damping) * torch.eye(len(second_II), dtype=torch.float64)
+    damped_II = second_II + _extra(second_II, damping) * _one(second_II)
     wanted_OK = weight_OI.double() @ damped_II[:, stays_I]  # damped too: where all stay, nothing moves
     factor_KK = _factor(second_II[stays_I][:, stays_I], damping, _extra(second_II, damping))
-    found_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
+    found_OI = torch.zeros(weight_OI.shape, dtype=torch.float64, device=weight_OI.device)
     found_OI[:, stays_I] = torch.cholesky_solve(wanted_OK.t(), factor_KK).t()
     return found_OI.float()
 
@@ -177,6 +177,10 @@ def _diagonal_blocks(matrix_II: Tensor, unit: int) -> Tensor:
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
+def _one(matrix_II: Tensor) -> Tensor:
+    return torch.eye(len(matrix_II), dtype=torch.float64, device=matrix_II.device)
+
+
 def _extra(second_II: Tensor, damping: float) -> float:
     return damping * (float(second_II.diagonal().mean()) or 1.0)
 
@@ -187,9 +191,7 @@ def _factor(second_II: Tensor, damping: float, extra: float | None = None) -> Te
         raise TechniqueError("the inputs of a layer are NaN or infinite on calibration rows", "look at these rows")
     added = _extra(second_II, damping) if extra is None else extra
     for _ in range(6):
-        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(
-            second_II + added * torch.eye(len(second_II), dtype=torch.float64)
-        )
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(second_II + added * _one(second_II))
         if not int(found[1]):
             return found[0]
         added *= 10

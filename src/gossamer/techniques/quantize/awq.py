@@ -147,7 +147,7 @@ def round_clipped(
     scale_OG = start.scale.clone()
     zero_OG = start.zero_point.float() if start.zero_point is not None else torch.zeros_like(scale_OG)
     unit = tensor_scale(float(start.scale.max()))
-    for rows in torch.split(torch.arange(len(rows_OI)), CHUNK_ROWS):
+    for rows in torch.split(torch.arange(len(rows_OI), device=rows_OI.device), CHUNK_ROWS):
         part = rows_OI[rows], start.scale[rows], zero_OG[rows]
         clipped = _diagonal if clip == "diagonal" else _full
         scale_OG[rows] = clipped(*part, spec, second_II, unit).to(scale_OG.dtype)
@@ -185,7 +185,7 @@ def clipped_scale(
     for group in range(scale_OG.shape[1]):
         here, only = slice(group * group_size, (group + 1) * group_size), slice(group, group + 1)
         block_gg, weight_Og, error_Og = second_II[here, here], weight_OI[:, here], error_OI[:, here]
-        best_change_O1 = torch.zeros(len(weight_OI), 1)
+        best_change_O1 = weight_OI.new_zeros(len(weight_OI), 1)
         best_move_Og = torch.zeros_like(error_Og)
         for shrink in shrinks:
             trial_O1 = widest_OG[:, only] * shrink

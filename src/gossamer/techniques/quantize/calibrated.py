@@ -237,6 +237,7 @@ class LearnedRounding(Gptq):
     """
 
     name: ClassVar[str] = "learned_rounding"
+    learned_value_bytes: ClassVar[int] = 64  # weight, position, offset, gradients, and what autograd keeps of rounding
 
     start: Literal["gptq", "nearest"] = Field("gptq", description="the codes that learning starts from")
     steps: int = Field(200, ge=1, description="steps of signed gradient descent for each block")
@@ -256,7 +257,7 @@ class LearnedRounding(Gptq):
 
     def solve(self, block: Block) -> None:
         """Learn from the start codes on; keep what was learned only where the block's output is nearer with it."""
-        weights = {parameter: block.weight(parameter).clone() for parameter in block.decisions}
+        weights = {parameter: block.candidate.values(parameter).clone() for parameter in block.decisions}
         if self.start == "gptq":
             super().solve(block)
         else:
@@ -269,24 +270,7 @@ class LearnedRounding(Gptq):
         # an expert that saw too few tokens keeps what it has: so few say nothing of those to come
         start = {name: codes for name, codes in block.solved.items() if name not in block.starved}
         before = block.output_error()
-        inside = {parameter: parameter.removeprefix(f"{block.name}.") for parameter in start}
-        block.module.requires_grad_(False)
-
-        def loss(made: Mapping[str, Tensor], sample: int) -> Tensor:
-            with computing(block.dtype):
-                output = block.calls[sample](block.module, {inside[name]: weight for name, weight in made.items()})
-            return token_error(hidden_states(output), hidden_states(block.targets[sample]))
-
-        learned, _ = learn_rounding(
-            loss,
-            {name: weights[name] for name in start},
-            start,
-            len(block.calls),
-            steps=self.steps,
-            batch_size=self.batch_size,
-            rate=self.rate,
-            seed=block.seed,
-        )
+        learned = self._learned(block, {name: weights[name] for name in start}, start)
         for parameter, codes in learned.items():
             block.set_quantized(parameter, codes)
         after = block.output_error()
@@ -294,6 +278,31 @@ class LearnedRounding(Gptq):
             block.notes.append(f"learning gave {after:.2e} after {before:.2e}, so {self.start} stands")
             for parameter, codes in start.items():
                 block.set_quantized(parameter, codes)
+
+    def _learned(
+        self, block: Block, weights: Mapping[str, Tensor], start: Mapping[str, Quantized]
+    ) -> dict[str, Quantized]:
+        """Return the codes that are learned from `start`, on the block's device."""
+        inside = {parameter: parameter.removeprefix(f"{block.name}.") for parameter in start}
+        block.module.requires_grad_(False)
+
+        def loss(made: Mapping[str, Tensor], sample: int) -> Tensor:
+            with computing(block.dtype, block.device):
+                output = block.output(block.calls[sample], {inside[name]: weight for name, weight in made.items()})
+            return token_error(hidden_states(output), hidden_states(block.targets[sample]).to(block.device))
+
+        with block.in_memory():
+            learned, _ = learn_rounding(
+                loss,
+                {name: weight.to(block.device) for name, weight in weights.items()},
+                {name: codes.to(block.device) for name, codes in start.items()},
+                len(block.calls),
+                steps=self.steps,
+                batch_size=self.batch_size,
+                rate=self.rate,
+                seed=block.seed,
+            )
+        return learned
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

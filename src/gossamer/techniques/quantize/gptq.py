@@ -39,20 +39,16 @@ Shape suffixes: O rows, I inputs, G groups, b inputs of a block.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
-from gossamer.errors import TechniqueError
 from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.techniques.quantize.grid import ScaleSearch, check_finite, check_group, chosen_grid, scale_unit
+from gossamer.techniques.quantize.inverse_factor import inverse_factor
 
 Order = Literal["none", "static"]
-ROWS_AT_A_TIME = 1024
-MAX_DAMPING_FACTOR = 1000.0  # a factorisation that fails is tried again with ten times the damping, up to here
 
 
 def gptq(
@@ -80,7 +76,8 @@ def gptq(
     group_size = spec.group_size or num_inputs
     check_group(num_inputs, spec, name)
     check_finite(weight_OI, name)
-    channels = torch.arange(num_inputs)
+    device = weight_OI.device
+    channels = torch.arange(num_inputs, device=device)
     if order == "static":
         channels = torch.argsort(second_II.diagonal(), descending=True, stable=True)
     factor_II = inverse_factor(second_II, damping, name, channels)
@@ -88,18 +85,19 @@ def gptq(
     rows_IO = weight_OI.t()[channels].float()
     zero_IO = rows_IO == 0 if bool((weight_OI == 0).any()) else None
     # what an error of one channel costs once all others have made up for it: 1 / (S^-1)_jj, and S^-1 = U^T U
-    importance_I = torch.empty(num_inputs)
+    importance_I = torch.empty(num_inputs, device=device)
     importance_I[channels] = 1 / factor_II.square().sum(0)
     unit = scale_unit(weight_OI, spec)
     grid = _grids(weight_OI.float(), spec, importance_I.view(-1, group_size), scale, unit)
     scale_GO, zero_GO = (part.t().contiguous() for part in grid)
-    codes_IO = torch.empty(num_inputs, num_rows)
+    codes_IO = torch.empty(num_inputs, num_rows, device=device)
+    taken = channels.tolist()
     for start in range(0, num_inputs, block):
         stop = min(start + block, num_inputs)
         here_bO, factor_bb = rows_IO[start:stop], factor_II[start:stop, start:stop]
         errors_bO, pivots_b = torch.empty_like(here_bO), factor_bb.diagonal().tolist()
         for j in range(stop - start):
-            channel = int(channels[start + j])
+            channel = taken[start + j]
             group = channel // group_size
             if order == "none" and spec.group_size and channel % group_size == 0:
                 present_gO = _present(rows_IO, errors_bO, factor_II, start, j, group_size)
@@ -124,62 +122,6 @@ def gptq(
         shape=shape if shape is not None else tuple(weight_OI.shape),
         transposed=transposed,
     )
-
-
-def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", channels_I: Tensor | None = None) -> Tensor:
-    """Return the upper Cholesky factor U of the inverse of the damped moments, S^-1 = U^T U, float32 [I, I].
-
-    `channels_I` is the order in which the channels are taken (as they stand when None). Memory: one copy of the moments
-    in float64, in which LAPACK factors, inverts and factors again, and in which the result lies. Raises TechniqueError
-    for moments that are not finite, or not positive definite whatever the damping.
-    """
-    if not bool(torch.isfinite(second_II.sum())) and not bool(torch.isfinite(second_II).all()):
-        raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
-    num_inputs = len(second_II)
-    order_I = torch.arange(num_inputs) if channels_I is None else channels_I
-    diagonal_I = second_II.diagonal().double()[order_I]
-    mean = float(diagonal_I.mean()) or 1.0
-    dead_I = (diagonal_I == 0).double() * mean
-    extra = damping * mean
-    # float64: two factorisations of a nearly singular matrix must agree between machines and block sizes
-    work_II = torch.empty(num_inputs, num_inputs, dtype=torch.float64)
-    while extra <= MAX_DAMPING_FACTOR * damping * mean:
-        for start in range(0, num_inputs, ROWS_AT_A_TIME):
-            rows_I = order_I[start : start + ROWS_AT_A_TIME]
-            work_II[start : start + ROWS_AT_A_TIME] = second_II[rows_I][:, order_I]
-        work_II.diagonal().add_(dead_I).add_(extra)
-        if _invert_and_factor(work_II):
-            return _halved(work_II.triu_())
-        extra *= 10
-    raise TechniqueError(
-        f"the second moments of the inputs of {name} are not positive definite with {damping:g} damping",
-        "give more calibration rows, or raise `damping`",
-    )
-
-
-def _halved(matrix_II: Tensor) -> Tensor:
-    """Return a float64 matrix as float32 in the memory that it has: a row ends before the next one begins."""
-    num_rows = len(matrix_II)
-    narrow_II = matrix_II.view(torch.float32).view(-1)[: num_rows**2].view(num_rows, num_rows)
-    for start in range(0, num_rows, ROWS_AT_A_TIME):
-        narrow_II[start : start + ROWS_AT_A_TIME] = matrix_II[start : start + ROWS_AT_A_TIME].float()
-    return narrow_II
-
-
-def _invert_and_factor(matrix_II: Tensor) -> bool:
-    """Put the upper Cholesky factor of a symmetric matrix's inverse into its upper triangle; False when there is none.
-
-    LAPACK counts columns first: its lower triangle is our upper one, and the lower factor L of S^-1 = L L^T is U^T.
-    """
-    columns_first = matrix_II.numpy().T
-    factor = partial(lapack.dpotrf, lower=1, clean=0, overwrite_a=1)
-    invert = partial(lapack.dpotri, lower=1, overwrite_c=1)
-    for routine in (factor, invert, factor):
-        result, failed = routine(columns_first)
-        if failed:
-            return False
-        assert result.ctypes.data == columns_first.ctypes.data, "LAPACK made a copy"
-    return True
 
 
 def output_error(weight_OI: Tensor, approximate_OI: Tensor, second_II: Tensor) -> float:

@@ -63,8 +63,8 @@ def quantize_weight(
     check_group(num_inputs, spec, name)
     group_size = spec.group_size or num_inputs
     unit = scale_unit(rows_OI, spec)
-    codes_OI = torch.empty(num_rows, num_inputs, dtype=torch.int8)
-    scale_OG = torch.empty(num_rows, num_inputs // group_size, dtype=spec.scale_dtype)
+    codes_OI = torch.empty(num_rows, num_inputs, dtype=torch.int8, device=rows_OI.device)
+    scale_OG = codes_OI.new_empty(num_rows, num_inputs // group_size, dtype=spec.scale_dtype)
     zero_OG = None if spec.symmetric else torch.empty_like(scale_OG, dtype=torch.int8)
     step = max(1, CHUNK_ELEMENTS // num_inputs)
     for start in range(0, num_rows, step):

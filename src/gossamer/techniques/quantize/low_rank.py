@@ -52,8 +52,9 @@ def low_rank(error_OI: Tensor, second_II: Tensor, rank: int, *, damping: float =
 def _root(second_II: Tensor, damping: float) -> Tensor:
     """Return the lower Cholesky factor of damped moments; float64, since the error is divided by it."""
     extra = damping * (float(second_II.diagonal().mean()) or 1.0)
+    one_II = torch.eye(len(second_II), dtype=torch.float64, device=second_II.device)
     for _ in range(8):
-        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(second_II + extra * torch.eye(len(second_II)).double())
+        found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(second_II + extra * one_II)
         if not int(found[1]):
             return found[0]
         extra *= 10

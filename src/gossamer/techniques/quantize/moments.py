@@ -43,10 +43,10 @@ class Moments:
     _is_mean: bool = False
 
     @classmethod
-    def empty(cls, num_inputs: int) -> Moments:
-        """Return moments that have seen nothing."""
-        zeros = torch.zeros(num_inputs)
-        return cls(0, torch.zeros(num_inputs, num_inputs), zeros.clone(), zeros.clone(), zeros.clone())
+    def empty(cls, num_inputs: int, device: torch.device | None = None) -> Moments:
+        """Return moments that have seen nothing, and gather on a device (by default the CPU)."""
+        zeros = torch.zeros(num_inputs, device=device)
+        return cls(0, torch.zeros(num_inputs, num_inputs, device=device), zeros.clone(), zeros.clone(), zeros.clone())
 
     def add(self, inputs: Tensor) -> None:
         """Take in inputs [..., I]."""

@@ -67,7 +67,7 @@ def _refit_rows(
     steps_RGg = steps_RI.reshape(num_rows, num_groups, -1)
     if zero_RG is not None:
         steps_RGg = steps_RGg - zero_RG.float().unsqueeze(-1)
-    system_RGG = torch.empty(num_rows, num_groups, num_groups)
+    system_RGG = weight_RI.new_empty(num_rows, num_groups, num_groups)
     size = steps_RGg.shape[-1]
     for group in range(num_groups):
         seen_RI = steps_RGg[:, group] @ second_II[group * size : (group + 1) * size]

@@ -96,8 +96,8 @@ class Awq(CalibratedGrid):
         seen, readers = readers_of(block, place, moments, specs)
         if not readers:
             return None
-        tokens_N1 = torch.tensor([[part.num_tokens] for part in seen])
         means_NI = torch.stack([part.mean_abs_I for part in seen])
+        tokens_N1 = torch.tensor([[part.num_tokens] for part in seen], device=means_NI.device)
         mean_abs_I = (means_NI * tokens_N1).sum(0) / tokens_N1.sum()
         return awq_factors(mean_abs_I, readers, shared=place.shared, num_exponents=self.exponents)
 
@@ -178,7 +178,7 @@ def places(block: Block) -> list[Scaling]:
         return alone and f"{block.name}.{name}" not in block.candidate.quantized
 
     with block.in_memory():
-        found = find_scalings(block.module, block.calls[0])
+        found = find_scalings(block.module, block.calls[0].on(block.device))
     return [place for place in found if all(free(name) for name in (*place.producers, *place.consumers))]
 
 
