@@ -276,6 +276,7 @@ STEPS: list[tuple[Callable[[], nn.Module], str]] = [
     (llama, '- sparsify: {pattern: "2:4", passes: 0}'),
     (bert, "- sparsify: {sparsity: 0.5, by: wanda}"),
     (llama, "- learned_rounding: {bits: 3, group_size: 16, steps: 4, batch_size: 2, start: nearest}"),
+    (llama, "- gguf: {format: q4_1}"),
     (bert, "- low_rank: {rank: 50%}"),
     (bert, "- prune: {what: ffn, to: 50%}"),
     (bert, "- quantize: {activations: dynamic, targets: [q, k]}\n- smooth: {}"),

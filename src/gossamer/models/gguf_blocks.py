@@ -116,7 +116,7 @@ def format_named(name: BlockName, num_inputs: int) -> BlockFormat | None:
 def decode(rows_Oy: Tensor, block_format: BlockFormat) -> Tensor:
     """Return the float32 weights [O, I] of rows of bytes."""
     num_rows, num_inputs = rows_Oy.shape[0], rows_Oy.shape[1] // block_format.num_bytes * block_format.size
-    weight_OI = torch.empty(num_rows, num_inputs)
+    weight_OI = torch.empty(num_rows, num_inputs, device=rows_Oy.device)
     step = max(1, CHUNK_ELEMENTS // max(1, num_inputs))
     for first in range(0, num_rows, step):
         part_Oy = rows_Oy[first : first + step]
@@ -206,14 +206,14 @@ def _signed(unsigned_Nb: Tensor, block_format: BlockFormat) -> Tensor:
 
 def _join(numbers_Nb: Tensor, per_byte: int, stride: int) -> Tensor:
     """Return numbers of 8 / per_byte bits as bytes; those of one byte lie `stride` apart, the first one lowest."""
-    shifts = torch.arange(per_byte, dtype=torch.uint8) * (8 // per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=numbers_Nb.device) * (8 // per_byte)
     grouped = numbers_Nb.reshape(numbers_Nb.shape[0], -1, per_byte, stride)
     return (grouped << shifts.view(1, 1, -1, 1)).sum(2).to(torch.uint8).flatten(1)
 
 
 def _cut(bytes_NY: Tensor, per_byte: int, stride: int) -> Tensor:
     """Undo `_join`: uint8 [N, Y * per_byte]."""
-    shifts = torch.arange(per_byte, dtype=torch.uint8) * (8 // per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.uint8, device=bytes_NY.device) * (8 // per_byte)
     grouped = bytes_NY.reshape(bytes_NY.shape[0], -1, 1, stride)
     return (grouped >> shifts.view(1, 1, -1, 1) & (1 << (8 // per_byte)) - 1).flatten(1)
 

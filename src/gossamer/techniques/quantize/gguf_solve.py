@@ -65,7 +65,7 @@ def solve(
             f"name {name.removesuffix('.weight')} under `ignore`",
         )
     shape = (1, -1, block_format.num_parts, block_format.size // block_format.num_parts)
-    importance = _damped(importance_I, num_inputs, name).reshape(shape)
+    importance = _damped(importance_I, num_inputs, name).to(weight_OI.device).reshape(shape)
     step = max(1, CHUNK_ELEMENTS // num_inputs)
     parts = []
     for rows_OI in torch.split(weight_OI.detach().float(), step):
