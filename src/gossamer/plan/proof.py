@@ -69,7 +69,8 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
             versions=dict(package_versions()),
         )
         experts = [{"name": name, **found} for name, found in candidate.routed.items()]
-        return {"decisions": [_decision_json(decision) for decision in decisions], "experts": experts}
+        made = [_decision_json(decision) for decision in decisions]
+        return {"decisions": made, "experts": experts, "fallbacks": candidate.fallbacks}
 
     return job.run.step("artifact", inputs, build)
 
@@ -93,7 +94,7 @@ def tokens_print(job: Job, steps: Sequence[Technique]) -> dict[str, str]:
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
-    """Return a fresh candidate with every step applied, and all that was decided."""
+    """Return a fresh candidate with every step applied, and all that was decided, wider grids of gates included."""
     candidate = job.candidate()
     context = Context(
         task=job.task,
@@ -106,6 +107,7 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         team=job.team,
         training=partial(getattr, job, "training"),
         training_print=job.prints["training"],
+        holds=lambda layer, spec: job.runtime.refusal(layer.role, layer.shape, spec, None) is None,
     )
     decisions: list[Decision] = []
     model = job.model
@@ -123,7 +125,8 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
                 training=partial(getattr, reading, "training"),
             )
         model = step.after(model)
-    return candidate, decisions
+    wide = candidate.widened
+    return candidate, [replace(one, weight=wide[one.parameter]) if one.parameter in wide else one for one in decisions]
 
 
 def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:

@@ -73,7 +73,8 @@ class Context:
     `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
     `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
     processes that carry out this step together, each with the same candidate. `training` gives the batches, of one row
-    each, that neither calibrate nor prove, and `training_print` is the hash of their rows.
+    each, that neither calibrate nor prove, and `training_print` is the hash of their rows. `holds` says whether the
+    files can hold a layer with another grid than the recipe has for it.
     """
 
     task: Task
@@ -87,6 +88,7 @@ class Context:
     team: Team = ALONE
     training: Callable[[], Sequence[Batch]] = tuple
     training_print: str = ""
+    holds: Callable[[LayerInfo, QuantSpec], bool] = lambda layer, spec: False
 
 
 @dataclass(frozen=True)
