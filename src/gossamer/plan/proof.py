@@ -8,7 +8,7 @@ original), `timed` (latency in turns with the original; peak memory).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,10 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
     inputs = artifact_inputs(job, steps)
     entries, rows_used = inputs["recipe"], inputs["calibration"]
 
+    def keep(name: str, write: Callable[[Path], None]) -> Path:
+        kept = job.run.step("shard", {**inputs, "file": name}, lambda folder: write(folder / name))
+        return kept.folder / name
+
     def build(folder: Path) -> dict[str, Any]:
         job.team.everywhere(APPLY)  # the other processes wait for this, and apply the steps too
         candidate, decisions = apply_steps(job, steps)
@@ -54,7 +58,7 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         target = folder / "artifact"
         target.mkdir()
         with job.progress.stage(f"writing for {job.runtime.name}", None):
-            job.runtime.write(candidate, target, job.read_by(candidate.source).request())
+            job.runtime.write(candidate, target, replace(job.read_by(candidate.source).request(), keep=keep))
         copy_companions(candidate.source, target)
         write_manifest(
             target,
@@ -72,7 +76,10 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         made = [_decision_json(decision) for decision in decisions]
         return {"decisions": made, "experts": experts, "fallbacks": candidate.fallbacks}
 
-    return job.run.step("artifact", inputs, build)
+    made = job.run.step("artifact", inputs, build)
+    for path in (made.folder / "artifact").glob("*.safetensors"):  # from here on they are the artifact's alone
+        job.run.discard("shard", {**inputs, "file": path.name})
+    return made
 
 
 def artifact_inputs(job: Job, steps: Sequence[Technique]) -> dict[str, Any]:
