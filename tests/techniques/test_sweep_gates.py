@@ -20,6 +20,7 @@ from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model
 from gossamer.run.progress import Silent
+from gossamer.run.team import ALONE
 from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
@@ -30,7 +31,7 @@ from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.grid import quantize_weight
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.scaled import Awq
-from gossamer.techniques.sweep_gates import JUMP, Found, expected_error, weight_error, wider
+from gossamer.techniques.sweep_gates import JUMP, Found, expected_error, layer_error, weight_error, wider
 
 SWEEP = runpy.run_path(str(Path(__file__).parent / "test_blockwise.py"))
 SPEAK = get_task("causal-lm")
@@ -212,6 +213,19 @@ def test_a_layer_outside_of_blocks_that_comes_out_worse_is_rounded_plainly() -> 
     (told,) = found.fallbacks
     assert told.startswith("layers outside of blocks: lm_head.weight: damped gave ")
     assert told.endswith("so it was rounded plainly")
+
+
+def test_the_error_of_a_layer_counts_what_its_bias_takes() -> None:
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(6, 16), [torch.randn(20, 16) + 2, torch.randn(9, 16) + 2]
+    codes = quantize_weight(weight, QuantSpec(bits=3))
+    change = codes.dequantize() - weight
+    x_tI = torch.cat(inputs)
+    shift_O = -(x_tI @ change.t()).mean(0)
+    wanted = [(x_tI @ change.t() + shift).square().sum() / (x_tI @ weight.t()).square().sum() for shift in (0, shift_O)]
+    found = [layer_error(ALONE, inputs, weight, codes, shift) for shift in (None, shift_O)]
+    assert found == pytest.approx([float(share) for share in wanted], rel=1e-5)
+    assert found[1] < found[0]
 
 
 def holds_8(layer: LayerInfo, spec: QuantSpec) -> bool:

@@ -216,12 +216,16 @@ class Block:
         starved = {parameter: words for one in self.team.gathered(self.starved) for parameter, words in one.items()}
         self.starved = {parameter: starved[parameter] for parameter in self.inside if parameter in starved}
 
-    def restore_weights(self) -> None:
-        """Put back every value that `set_weight` replaced."""
-        for parameter, values in self.replaced.items():
-            self.candidate.put_weight(parameter, partial(_itself, values))
-        self.weights.clear()
-        self.replaced.clear()
+    def moved(self, parameter: str) -> Tensor | None:
+        """Return by how much `set_weight` changed a parameter; None where it did not."""
+        return self.weights[parameter] - self.replaced[parameter] if parameter in self.replaced else None
+
+    def restore_weights(self, parameters: Iterable[str] | None = None) -> None:
+        """Put back what `set_weight` replaced: all of it, or of some parameters."""
+        for parameter in list(self.replaced if parameters is None else parameters):
+            if parameter in self.replaced:
+                self.candidate.put_weight(parameter, partial(_itself, self.replaced.pop(parameter)))
+                del self.weights[parameter]
 
     def output_error(self, count: int | None = None) -> float:
         """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`).

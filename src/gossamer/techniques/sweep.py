@@ -352,13 +352,15 @@ class Sweep:
         rest.exchange()
         for parameter, expected in weights.items():
             weight = before[parameter] if not streamed else self.candidate.plain_value(parameter)
+            bias = f"{parameter.rpartition('.')[0]}.bias"
             error, of_plain = (
-                layer_error(rest, parameter, inputs.get(parameter, ()), weight, codes)
-                for codes in (rest.solved[parameter], plain[parameter])
+                layer_error(rest.team, inputs.get(parameter, ()), weight, codes, shift)
+                for codes, shift in ((rest.solved[parameter], rest.moved(bias)), (plain[parameter], None))
             )
             found = Found(error, of_plain, expected_error(0.0, [expected]))
             if found.beyond_plain:
                 rest.notes.append(f"{parameter}: {self.technique.name} gave {error:.2e}, so it was rounded plainly")
+                rest.restore_weights([bias])
                 rest.set_quantized(parameter, plain[parameter])
                 found = replace(found, error=of_plain)
             if found.beyond_expected:

@@ -42,6 +42,7 @@ from gossamer.techniques.quantize.gptq import Degenerate
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 
 if TYPE_CHECKING:
+    from gossamer.run.team import Team
     from gossamer.techniques.blockwise import Block
 
 NUM_GATED = 4  # samples on which the error behind each block is measured
@@ -213,10 +214,12 @@ def layer_inputs_of(block: Block, count: int) -> dict[str, list[Tensor]]:
     return found
 
 
-def layer_error(block: Block, parameter: str, inputs: Sequence[Tensor], weight: Tensor, codes: Quantized) -> float:
+def layer_error(
+    team: Team, inputs: Sequence[Tensor], weight: Tensor, codes: Quantized, shift_O: Tensor | None = None
+) -> float:
     """Return a layer's squared output error as a share of its outputs' squares, over the samples of all processes.
 
-    `inputs` [t, I] are those of the samples that are here.
+    `inputs` [t, I] are those of the samples that are here, `shift_O` what was added to the layer's bias.
     """
     rows_OI = rows_of(weight, codes.transposed).float()
     rounded_OI = rows_of(codes.dequantize(), codes.transposed)
@@ -224,7 +227,10 @@ def layer_error(block: Block, parameter: str, inputs: Sequence[Tensor], weight: 
     for x_tI in inputs:
         for first in range(0, len(rows_OI), ROWS_AT_A_TIME):
             part = slice(first, first + ROWS_AT_A_TIME)
-            error += float((x_tI @ (rows_OI[part] - rounded_OI[part]).t()).square().sum(dtype=torch.float64))
+            change_tO = x_tI @ (rounded_OI[part] - rows_OI[part]).t()
+            if shift_O is not None:
+                change_tO += shift_O[part]
+            error += float(change_tO.square().sum(dtype=torch.float64))
             size += float((x_tI @ rows_OI[part].t()).square().sum(dtype=torch.float64))
-    errors, sizes = zip(*block.team.gathered([error, size]), strict=True)
+    errors, sizes = zip(*team.gathered([error, size]), strict=True)
     return sum(errors) / sum(sizes) if sum(sizes) else 0.0
