@@ -60,7 +60,7 @@ def plan(
     goal: str | None = None,
     recipe: Recipe | str | Path | None = None,
     evaluation: Rows | None = None,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     out: str | Path | None = None,
     task_settings: Mapping[str, Any] | None = None,
     columns: Mapping[str, str] | None = None,
@@ -117,7 +117,7 @@ def optimize(
     data: Rows,
     goal: str,
     evaluation: Rows | None = None,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     out: str | Path = "build",
     fresh: bool = False,
     max_candidates: int = 8,
@@ -138,7 +138,8 @@ def optimize(
     """Make a model smaller and faster until the goal is proven, and publish the artifact in `out`/artifact.
 
     `goal` reads like "quality >= 99%, size <= 30%, latency p95 <= 40ms, minimize size" (docs/guides/goals.md). Rows of
-    `evaluation` (or a held-out half of `data`) decide; `data` calibrates. The same call goes on where a killed one
+    `evaluation` (or a held-out half of `data`) decide; `data` calibrates. Without a `runtime` it is ONNX Runtime, or
+    torch for a model that must be read piece by piece. The same call goes on where a killed one
     stopped; `fresh` starts again. `time_budget` (seconds) ends the search. `track` names trackers (tensorboard, wandb,
     mlflow) that are told of losses, candidates and the report. Raises our errors for everything that the user can mend.
 

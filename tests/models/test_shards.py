@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gossamer.errors import ModelError
-from gossamer.models.shards import Entry, Shards, write_shards
+from gossamer.models.shards import Entry, Shards, num_files, write_kept_shards, write_shards
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.int32, torch.uint8, torch.bool)
 
@@ -87,3 +88,31 @@ def test_a_plan_that_is_not_kept_is_our_own_mistake(tmp_path: Path) -> None:
         write_shards(tmp_path, planned, [("a", torch.zeros(2))], {})
     with pytest.raises(AssertionError, match="not as planned"):
         write_shards(tmp_path, planned, [("a", torch.zeros(3))], {})
+
+
+def test_files_that_are_kept_are_the_same_bytes_and_are_not_written_again(tmp_path: Path) -> None:
+    named, written = tensors(), []
+    for folder in ("plain", "first", "second", "kept"):
+        (tmp_path / folder).mkdir()
+
+    def keep(name: str, write: Callable[[Path], None]) -> Path:
+        path = tmp_path / "kept" / name
+        if not path.exists():
+            written.append(name)
+            write(path)
+            if len(written) == 2:
+                raise KeyboardInterrupt
+        return path
+
+    def of(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in named.items() if name in names)
+
+    write_shards(tmp_path / "plain", entries(named), named.items(), {"a": "1"}, max_shard_bytes=60)
+    with pytest.raises(KeyboardInterrupt):
+        write_kept_shards(tmp_path / "first", entries(named), of, {"a": "1"}, keep, max_shard_bytes=60)
+    write_kept_shards(tmp_path / "second", entries(named), of, {"a": "1"}, keep, max_shard_bytes=60)
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == files
+    assert len(written) == len(set(written)) == num_files(entries(named), 60) > 2
+    for name in files:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

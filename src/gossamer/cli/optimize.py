@@ -16,7 +16,7 @@ def optimize(
     data: options.Data,
     goal: options.Goal,
     evaluation: options.Evaluation = None,
-    runtime: options.Runtime = "onnxruntime",
+    runtime: options.ChosenRuntime = None,
     out: options.Out = Path("build"),
     fresh: options.Fresh = False,
     column: options.Columns = None,

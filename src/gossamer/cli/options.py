@@ -34,6 +34,14 @@ PossibleGoal = Annotated[
     str | None, typer.Option("--goal", help='What must hold: "quality >= 99%, size <= 30%, latency p95 <= 40ms".')
 ]
 Runtime = Annotated[str, typer.Option(help="What will serve the model: onnxruntime, openvino, torch, torchscript, ...")]
+ChosenRuntime = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        help="What will serve the model: onnxruntime, openvino, torch, ...; default onnxruntime, torch where the "
+        "memory cannot hold the model whole.",
+    ),
+]
 GuessedRuntime = Annotated[str | None, typer.Option("--runtime", help="What serves it; default as its manifest says.")]
 Out = Annotated[Path, typer.Option(help="Folder of the run: artifact, report, journal; the same command resumes it.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away what the run folder holds and start again.")]

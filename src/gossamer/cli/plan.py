@@ -24,7 +24,7 @@ def plan(
         Path | None, typer.Option(help="Plan this recipe (YAML) alone; without a goal nothing is measured but rates.")
     ] = None,
     evaluation: options.Evaluation = None,
-    runtime: options.Runtime = "onnxruntime",
+    runtime: options.ChosenRuntime = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of a run that keeps what is measured, for optimize to go on from.")
     ] = None,

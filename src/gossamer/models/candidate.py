@@ -15,7 +15,7 @@ from gossamer.models.adapters import Adapted
 from gossamer.models.caches import Cache
 from gossamer.models.deferred import Deferred, Outline, outline_of
 from gossamer.models.lazy import LazyWeights
-from gossamer.models.quantized import ActivationSpec, Quantized
+from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -43,6 +43,8 @@ class Candidate:
     dtype: torch.dtype = torch.float32
     applied: list[dict[str, Any]] = field(default_factory=list)  # recipe entries, in the order they were applied
     routed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what holds experts -> the tokens that each saw
+    fallbacks: list[str] = field(default_factory=list)  # what a sweep did instead of what it was asked, and why
+    widened: dict[str, QuantSpec] = field(default_factory=dict)  # parameter -> the wider grid that it was given
     stock: bool = True  # its class can be built from its config; False: only a runtime that holds a graph can hold it
     weights: LazyWeights | None = None
     read: Callable[[str], Tensor] | None = None
@@ -58,9 +60,10 @@ class Candidate:
     def _streamed_value(self, parameter: str) -> Tensor:
         assert self.read is not None
         codes = self.quantized.get(parameter)
-        return codes.dequantize() if codes is not None else self._plain_value(parameter)
+        return codes.dequantize() if codes is not None else self.plain_value(parameter)
 
-    def _plain_value(self, parameter: str) -> Tensor:
+    def plain_value(self, parameter: str) -> Tensor:
+        """Return a streamed candidate's values of a parameter as they are without codes."""
         assert self.read is not None
         replaced = self.replaced.get(parameter)
         return replaced() if replaced is not None else self.read(parameter)

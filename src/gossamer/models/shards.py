@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ DTYPES = {
 }  # fmt: skip
 SPELLED = {dtype: spelled for spelled, dtype in DTYPES.items()}
 MAX_SHARD_BYTES = 5_000_000_000
+# (file's name, what writes it at a path) -> where it lies
+Keep = Callable[[str, Callable[[Path], None]], Path]
 ALIGNMENT = 8  # the header ends on a multiple of it, so that every tensor lies at a multiple of its own item size
 
 
@@ -117,22 +120,62 @@ def write_shards(
     `tensors` yields every entry once, in any order. Equal entries and values give equal bytes.
     """
     files = _assigned(entries, max_shard_bytes)
+    _write_files({folder / name: members for name, members in files.items()}, tensors, metadata)
+    _write_index(folder, files)
+
+
+def write_kept_shards(
+    folder: Path,
+    entries: Sequence[Entry],
+    tensors_of: Callable[[Collection[str]], Iterable[tuple[str, Tensor]]],
+    metadata: Mapping[str, str],
+    keep: Keep,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the files of `write_shards` one after another, each by `keep`: what an earlier run finished is taken over.
+
+    `tensors_of` yields the tensors of some names, each once. `folder` gets another name for the kept file where the
+    disk can have two for one, else a copy.
+    """
+    files = _assigned(entries, max_shard_bytes)
+    for name, members in files.items():
+
+        def write(path: Path, members: Sequence[Entry] = members) -> None:
+            _write_files({path: members}, tensors_of({entry.name for entry in members}), metadata)
+
+        kept = keep(name, write)
+        try:
+            os.link(kept, folder / name)
+        except OSError:  # a disk without hard links
+            shutil.copyfile(kept, folder / name)
+    _write_index(folder, files)
+
+
+def num_files(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Return how many files entries will be written into."""
+    return len(_assigned(entries, max_shard_bytes))
+
+
+def _write_files(
+    files: Mapping[Path, Sequence[Entry]], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write files side by side, taking their tensors as they come."""
     open_files = {}
-    places: dict[str, tuple[str, int, Entry]] = {}
+    places: dict[str, tuple[Path, int, Entry]] = {}
     try:
-        for file_name, members in files.items():
+        for path, members in files.items():
             header, offsets = _layout(members, metadata)
-            file = (folder / file_name).open("wb")
-            open_files[file_name] = file
+            file = path.open("wb")
+            open_files[path] = file
             file.write(header)
             file.truncate(len(header) + sum(entry.num_bytes for entry in members))
-            places.update({entry.name: (file_name, len(header) + offsets[entry.name], entry) for entry in members})
+            places.update({entry.name: (path, len(header) + offsets[entry.name], entry) for entry in members})
         for name, tensor in tensors:
-            file_name, place, entry = places.pop(name)
+            path, place, entry = places.pop(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), f"{name} is not as planned"
             if tensor.numel():
-                open_files[file_name].seek(place)
-                open_files[file_name].write(_bytes_of(tensor))
+                open_files[path].seek(place)
+                open_files[path].write(_bytes_of(tensor))
         assert not places, f"{len(places)} planned tensors were not given, {next(iter(places))} first"
         for file in open_files.values():
             file.flush()
@@ -140,12 +183,17 @@ def write_shards(
     finally:
         for file in open_files.values():
             file.close()
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(entry.num_bytes for entry in entries)},
-            "weight_map": {entry.name: file_name for file_name, members in files.items() for entry in members},
-        }
-        (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_index(folder: Path, files: Mapping[str, Sequence[Entry]]) -> None:
+    """Write which of several files holds which tensor."""
+    if len(files) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(entry.num_bytes for members in files.values() for entry in members)},
+        "weight_map": {entry.name: name for name, members in files.items() for entry in members},
+    }
+    (folder / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -133,10 +133,7 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
 
     Raises RuntimeUnavailable when it does not fit and the runtime opens models whole.
     """
-    if source.shards is None:
-        return None
-    limit = memory_limit(memory)
-    needed = resident_bytes() + int(WHOLE_COPIES * 4 * source.shards.num_values)
+    needed, limit = whole_bytes(source), memory_limit(memory)
     if needed <= limit:
         return None
     if not runtime.streams:
@@ -146,6 +143,13 @@ def weights_budget(source: Source, runtime: Runtime, memory: int | None) -> int 
             "raise --memory, or use --runtime torch, which goes through a model piece by piece",
         )
     return streamed_budget(memory)
+
+
+def whole_bytes(source: Source) -> int:
+    """Return about how much memory a run takes with the model opened whole; 0 for one that cannot be otherwise."""
+    if source.shards is None:
+        return 0
+    return resident_bytes() + int(WHOLE_COPIES * 4 * source.shards.num_values)
 
 
 def streamed_budget(memory: int | None) -> int:

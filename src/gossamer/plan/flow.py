@@ -16,13 +16,13 @@ from gossamer.goal import Goal
 from gossamer.judgement import Verdict
 from gossamer.measure.machine import stamp
 from gossamer.plan.allocation import mixed_recipes
-from gossamer.plan.budget import check_fits, memory_of_one
+from gossamer.plan.budget import check_fits, memory_limit, memory_of_one, whole_bytes
 from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
 from gossamer.plan.forecast import Forecaster, check_forecast
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
 from gossamer.plan.predict import Tables
-from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare
+from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, piece_by_piece, prepare, with_runtime
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import APPLY, apply_steps, package_versions, refused_by, steps_recipe
 from gossamer.plan.proposed_cuts import SolvedCuts, cuts_solved_for
@@ -52,6 +52,7 @@ def optimize_run(
     check_alone("optimize")
     began = time.monotonic()
     prepared = prepare(inputs)
+    inputs = with_runtime(inputs, prepared, None if fresh else out)
     budget = min((s for s in (time_budget(goal), time_budget_seconds) if s is not None), default=None)
     with (
         Run(out, identity(inputs, prepared, goal=str(goal)), fresh=fresh) as run,
@@ -195,9 +196,12 @@ def check_measurable(job: Job, goal: Goal | None) -> None:
     """Raise GoalError for a bound on what is not measured of a model that is read piece by piece."""
     bounds = bounds_untimed(goal)
     if job.budget is not None and bounds:
+        whole, limit = whole_bytes(job.source) / 2**30, memory_limit(job.memory) / 2**30
         raise GoalError(
-            f"`{bounds[0]}` cannot be measured: {job.source.name} does not fit into memory and is read piece by piece",
-            "leave the bound out, raise --memory, or measure where the model fits: gossamer bench",
+            f"`{bounds[0]}` cannot be measured: {job.source.name} needs about {whole:.1f} GiB to be opened whole, "
+            f"{limit:.1f} GiB may be used, so it is read piece by piece",
+            f"raise --memory to {whole:.1f}GiB, or leave the bound out and measure the artifact where it fits with "
+            "`gossamer bench`",
         )
 
 
@@ -320,7 +324,7 @@ def _provenance(job: Job, inputs: Inputs, prepared: Prepared) -> Provenance:
         evaluation_fingerprint=prepared.prints["evaluation"],
         task=inputs.task,
         task_settings=dict(inputs.task_settings),
-        runtime=inputs.runtime,
+        runtime=job.runtime.name,
         seed=inputs.seed,
         versions=package_versions(),
         machine=_plain(stamp().model_dump(mode="json")),

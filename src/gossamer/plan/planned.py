@@ -18,7 +18,7 @@ from gossamer.plan.gain import in_words as gain_in_words
 from gossamer.plan.job import Job
 from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Corrections
-from gossamer.plan.prepare import Inputs, identity, opened_job, prepare
+from gossamer.plan.prepare import Inputs, identity, opened_job, prepare, with_runtime
 from gossamer.plan.proof import steps_recipe
 from gossamer.plan.ranking import Ranked
 from gossamer.plan.rates import measured_rates
@@ -49,6 +49,7 @@ def plan_run(
     """
     check_alone("plan")
     prepared = prepare(inputs)
+    inputs = with_runtime(inputs, prepared, out)
     steps: Steps | None = tuple(resolve(recipe)) if recipe is not None else None
     what = {"goal": str(goal) if goal else ""}
     if steps is not None:

@@ -23,7 +23,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
 from gossamer.models.structure import map_model
-from gossamer.plan.budget import streamed_budget, weights_budget
+from gossamer.plan.budget import GIB, memory_limit, streamed_budget, weights_budget, whole_bytes
 from gossamer.plan.calibration import check_calibration, kept_apart
 from gossamer.plan.job import Job, Rowset
 from gossamer.plan.words import words_of
@@ -31,11 +31,12 @@ from gossamer.run.device import chosen_device
 from gossamer.run.fingerprint import hash_json
 from gossamer.run.progress import Progress, Silent
 from gossamer.run.team import ALONE, Team
-from gossamer.run.workspace import Run
+from gossamer.run.workspace import Run, read_identity
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Arrays, Batch, Row, Task
 
+DEFAULT_RUNTIME, PIECE_BY_PIECE = "onnxruntime", "torch"
 MIN_EVALUATION_ROWS = 8
 MIN_SAMPLES = 2  # a task may make fewer samples than rows: long documents under a limit on tokens
 STREAMED_WORDS = 20  # enough to see whether two compute the same, where each pass reads the model from disk
@@ -50,7 +51,7 @@ class Inputs:
     task: str
     data: Rows | None  # None: nothing can be calibrated or scored, only written and checked
     evaluation: Rows | None = None
-    runtime: str = "onnxruntime"
+    runtime: str | None = None  # None: chosen for the model (`with_runtime`)
     task_settings: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
@@ -62,6 +63,11 @@ class Inputs:
     forward: Forward | None = None
     trust_remote_code: bool = False
     progress: Progress = field(default_factory=Silent)
+
+    @property
+    def runtime_name(self) -> str:
+        """Return what will serve the model."""
+        return self.runtime or DEFAULT_RUNTIME
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,26 @@ def prepare(inputs: Inputs) -> Prepared:
     return Prepared(source, task, calibration, evaluation, prints, names, tuple(findings), others)
 
 
+def with_runtime(inputs: Inputs, prepared: Prepared, out: Path | None) -> Inputs:
+    """Return the inputs with a runtime: the one that was named, or the one that the run in `out` began with.
+
+    Otherwise the usual one; for a model that its memory cannot hold whole the one that goes through it piece by piece.
+    """
+    if inputs.runtime is not None:
+        return inputs
+    if out is not None and (out / "run.json").exists():
+        known = read_identity(out).get("runtime")
+        return replace(inputs, runtime=known) if isinstance(known, str) else inputs
+    needed, limit = whole_bytes(prepared.source), memory_limit(inputs.memory)
+    if needed <= limit:
+        return inputs
+    inputs.progress.say(
+        f"{prepared.source.name} needs about {needed / GIB:.1f} GiB to be opened whole, {limit / GIB:.1f} GiB may be "
+        f"used: runtime {PIECE_BY_PIECE}, which goes through it piece by piece"
+    )
+    return replace(inputs, runtime=PIECE_BY_PIECE)
+
+
 def _without_rows(source: Source, task: Task) -> Prepared:
     names = ("data", "calibration", "evaluation", "evaluation-file", "training")
     prints = {"model": source.fingerprint, **dict.fromkeys(names, "")}
@@ -161,7 +187,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
     before = torch.get_num_threads()
     torch.set_num_threads(inputs.threads or max(1, threads // team.local_size))
     try:
-        task, source, runtime = prepared.task, prepared.source, get_runtime(inputs.runtime)
+        task, source, runtime = prepared.task, prepared.source, get_runtime(inputs.runtime_name)
         budget = weights_budget(source, runtime, inputs.memory)
         calibration: tuple[Batch, ...] = ()
         if prepared.calibration:
@@ -238,7 +264,7 @@ def identity(inputs: Inputs, prepared: Prepared, **more: Any) -> dict[str, Any]:
         "rows": [len(prepared.calibration), len(prepared.evaluation)],
         "task": inputs.task,
         "task settings": dict(inputs.task_settings),
-        "runtime": inputs.runtime,
+        "runtime": inputs.runtime_name,
         "seed": inputs.seed,
         "version": __version__,
         **more,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,10 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
     inputs = artifact_inputs(job, steps)
     entries, rows_used = inputs["recipe"], inputs["calibration"]
 
+    def keep(name: str, write: Callable[[Path], None]) -> Path:
+        kept = job.run.step("shard", {**inputs, "file": name}, lambda folder: write(folder / name))
+        return kept.folder / name
+
     def build(folder: Path) -> dict[str, Any]:
         job.team.everywhere(APPLY)  # the other processes wait for this, and apply the steps too
         candidate, decisions = apply_steps(job, steps)
@@ -56,7 +60,7 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
         target.mkdir()
         began = time.monotonic()
         with job.progress.stage(f"writing for {job.runtime.name}", None):
-            job.runtime.write(candidate, target, job.read_by(candidate.source).request())
+            job.runtime.write(candidate, target, replace(job.read_by(candidate.source).request(), keep=keep))
         job.run.record("written", runtime=job.runtime.name, seconds=round(time.monotonic() - began, 3))
         copy_companions(candidate.source, target)
         write_manifest(
@@ -72,9 +76,13 @@ def build_artifact(job: Job, steps: Sequence[Technique]) -> StepResult:
             versions=dict(package_versions()),
         )
         experts = [{"name": name, **found} for name, found in candidate.routed.items()]
-        return {"decisions": [_decision_json(decision) for decision in decisions], "experts": experts}
+        made = [_decision_json(decision) for decision in decisions]
+        return {"decisions": made, "experts": experts, "fallbacks": candidate.fallbacks}
 
-    return job.run.step("artifact", inputs, build)
+    made = job.run.step("artifact", inputs, build)
+    for path in (made.folder / "artifact").glob("*.safetensors"):  # from here on they are the artifact's alone
+        job.run.discard("shard", {**inputs, "file": path.name})
+    return made
 
 
 def artifact_inputs(job: Job, steps: Sequence[Technique]) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def tokens_print(job: Job, steps: Sequence[Technique]) -> dict[str, str]:
 
 
 def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[Decision]]:
-    """Return a fresh candidate with every step applied, and all that was decided."""
+    """Return a fresh candidate with every step applied, and all that was decided, wider grids of gates included."""
     candidate = job.candidate()
     context = Context(
         task=job.task,
@@ -110,6 +118,7 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
         device=job.device,
         training=partial(getattr, job, "training"),
         training_print=job.prints["training"],
+        holds=lambda layer, spec: job.runtime.refusal(layer.role, layer.shape, spec, None) is None,
     )
     decisions: list[Decision] = []
     model = job.model
@@ -127,7 +136,8 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
                 training=partial(getattr, reading, "training"),
             )
         model = step.after(model)
-    return candidate, decisions
+    wide = candidate.widened
+    return candidate, [replace(one, weight=wide[one.parameter]) if one.parameter in wide else one for one in decisions]
 
 
 def _checked_arrays(job: Job, candidate: Candidate) -> Arrays:

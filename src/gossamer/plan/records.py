@@ -203,6 +203,7 @@ class Tried(Record):
     folder: str = ""  # of the artifact, relative to the run
     forecast: Forecast | None = None
     experts: tuple[ExpertTokens, ...] = ()  # where a step calibrated them
+    fallbacks: tuple[str, ...] = ()  # what calibrated steps did instead of what they were asked, and why
 
     def numbers(self) -> dict[str, float | str]:
         """Return what there is to plot: figures with their bounds, what was predicted of them, recipe and verdict."""

@@ -254,6 +254,7 @@ def prove(
         violation=violation(judgements),
         folder=f"steps/{built.folder.name}/artifact",
         experts=tuple(ExpertTokens.model_validate(found) for found in built.value["experts"]),
+        fallbacks=tuple(built.value["fallbacks"]),
     )
     wrong = [row.parameter for row in tensors if not row.agrees]
     if wrong:

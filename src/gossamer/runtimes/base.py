@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gossamer.models.candidate import Candidate
     from gossamer.models.quantized import ActivationSpec, QuantSpec
     from gossamer.models.roles import Cut, ModelMap
+    from gossamer.models.shards import Keep
     from gossamer.models.source import Source
     from gossamer.tasks.base import Arrays, Task
 
@@ -45,7 +46,8 @@ class ExportRequest:
 
     `example` is one real batch of inputs (tracing needs one); `axes` names the axes that may vary, by input;
     `outputs` the output names to keep, the scored one first; `cache` is a folder where work that does not depend on
-    the weights (an exported graph) may be kept between candidates of one run.
+    the weights (an exported graph) may be kept between candidates of one run. `keep` writes one of several large files
+    unless it was written by a run that was killed.
     """
 
     task: Task
@@ -53,6 +55,7 @@ class ExportRequest:
     axes: dict[str, dict[int, str]]
     outputs: tuple[str, ...]
     cache: Path
+    keep: Keep | None = None
 
 
 class Session(ABC):

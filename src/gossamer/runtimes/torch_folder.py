@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from gossamer.models.config import quiet_transformers
 from gossamer.models.experts import layouts
 from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.models.roles import EXPERT_ROLES, ModelMap
-from gossamer.models.shards import MAX_SHARD_BYTES, write_shards
+from gossamer.models.shards import MAX_SHARD_BYTES, num_files, write_kept_shards, write_shards
 from gossamer.runtimes import torch_lowering as lowering
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
 from gossamer.runtimes.manifest import copy_companions
@@ -45,7 +46,7 @@ from gossamer.runtimes.torch_caches import (
 )
 from gossamer.runtimes.torch_export import PROGRAM_FILE, TorchExport
 from gossamer.runtimes.torch_floats import float_refusal, format_of, refusal_beside
-from gossamer.runtimes.torch_parts import file_parts, not_quantized, quantized_layers
+from gossamer.runtimes.torch_parts import file_parts, not_quantized, quantized_layers, tensors_of
 from gossamer.runtimes.torch_served import served_notes
 from gossamer.runtimes.torch_streamed import StreamedSession
 from gossamer.tasks.base import Arrays, Task
@@ -197,8 +198,11 @@ class TorchFolder(Runtime):
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         parts = file_parts(candidate, layers)
         entries = [entry for part in parts for entry in part.entries]
-        tensors = (found for part in parts for found in part.tensors().items())
-        write_shards(folder, entries, tensors, METADATA, MAX_SHARD_BYTES)
+        if request.keep is not None and num_files(entries, MAX_SHARD_BYTES) > 1:
+            write_kept_shards(folder, entries, partial(tensors_of, parts), METADATA, request.keep, MAX_SHARD_BYTES)
+        else:
+            tensors = (found for part in parts for found in part.tensors().items())
+            write_shards(folder, entries, tensors, METADATA, MAX_SHARD_BYTES)
         write_adapter(candidate.module, folder, candidate.dtype)
         copy_companions(candidate.source, folder)
 

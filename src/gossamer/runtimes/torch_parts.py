@@ -6,7 +6,7 @@ that are not quantized, stacked as their architecture has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,6 +98,13 @@ def file_parts(candidate: Candidate, layers: Mapping[str, Layer]) -> list[Part]:
         entries = cache_entries(name, cache, candidate.dtype)
         parts.append(Part(entries, partial(cache_tensors, name, cache, candidate.dtype)))
     return parts
+
+
+def tensors_of(parts: Iterable[Part], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of some names; of parts that have others too, those are made and left out."""
+    for part in parts:
+        if any(entry.name in names for entry in part.entries):
+            yield from ((name, tensor) for name, tensor in part.tensors().items() if name in names)
 
 
 def _stays_stacked(layout: Layout, holder: str, left: Sequence[str], quantized: bool) -> bool:

@@ -77,7 +77,8 @@ class Context:
     `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
     processes that carry out this step together, each with the same candidate. `training` gives the batches, of one row
     each, that neither calibrate nor prove, and `training_print` is the hash of their rows. `device` is where samples
-    pass blocks, solvers compute and trainings take place; the candidate itself lies in main memory.
+    pass blocks, solvers compute and trainings take place; the candidate itself lies in main memory. `holds`
+    says whether the files can hold a layer with another grid than the recipe has for it.
     """
 
     task: Task
@@ -92,6 +93,7 @@ class Context:
     training: Callable[[], Sequence[Batch]] = tuple
     training_print: str = ""
     device: torch.device = CPU
+    holds: Callable[[LayerInfo, QuantSpec], bool] = lambda layer, spec: False
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ of one block, and takes the blocks in order:
 
 Two streams run side by side: `live` goes through the solved blocks, `reference` through the blocks as they were. Their
 difference behind each block is the error so far; it is measured on NUM_GATED samples (all of them where a technique
-fits a block's output to the reference). A block whose error is not finite, or that a solver made worse than plain
-rounding does, is rounded plainly and reported.
+fits a block's output to the reference). Where it is not finite, worse than plain rounding's or far from what was
+expected, the next safer option is taken and reported (`sweep_gates.py`).
 
 Of a streamed candidate only the block at hand is in memory: its weights are read for a pass and given back, its codes
 go to the run folder and are read from there when somebody asks. So do samples that do not fit (`sweep_samples.py`).
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -41,13 +41,15 @@ from gossamer.run.device import CPU
 from gossamer.run.team import ALONE, Team
 from gossamer.techniques.base import Context, Decision, Technique, check_not_rounded
 from gossamer.techniques.quantize.grid import quantize_weight
+from gossamer.techniques.quantize.layers import num_inputs
 from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inputs
 from gossamer.techniques.routing import shrunk, tokens_needed, tokens_of_experts
+from gossamer.techniques.sweep_gates import MORE_DAMPING, check_inputs, overflow
 from gossamer.techniques.sweep_precision import BFLOAT16, FLOAT32, NUM_TRIED, CalibrationDtype, computing
 from gossamer.techniques.sweep_shared import Share, share_of, shared_codes, shared_tensors, summed
 
-SOLVED_VALUE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
-PASSED_VALUE_BYTES = SOLVED_VALUE_BYTES + 4  # of the block that samples pass: its value too
+CODE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
+CHANGED_BYTES = 8  # of a weight that gets another value: that, and what it was
 # layers that read what another one (q, gate) reads: one set of moments
 SHARED_INPUTS = frozenset(("k", "v", "up", "expert_up"))
 
@@ -162,6 +164,8 @@ class Block:
         with self.in_memory(), computing(self.dtype, self.device):
             observed = lambda part: observe(layers, self.passes(part), self.device)  # noqa: E731
             found = summed(self.team, self.share, observed, self.owners, self.device)
+        for name, seen in found.items():
+            check_inputs(self.name, self.inside[name].layer.name, seen)
         self.routed = tokens_of_experts([decision.layer for decision in self.inside.values()], found)
         shrunk(found[name] for name, one in self.decisions.items() if one.layer.experts is not None and name in found)
         return found
@@ -170,8 +174,10 @@ class Block:
         """Say whether a layer's moments can be used; where not, note what is done `otherwise`."""
         layer, tokens = self.decisions[parameter].layer, 0 if seen is None else seen.num_tokens
         needed = tokens_needed(layer)
-        if tokens >= needed:
-            return True
+        if seen is not None and tokens >= needed:
+            if wrong := overflow(seen):
+                self.notes.append(f"{parameter} was {otherwise}: {wrong}")
+            return not wrong
         if layer.experts is None:
             self.notes.append(f"{parameter} saw no calibration token and was {otherwise}")
         else:
@@ -229,12 +235,16 @@ class Block:
         starved = {parameter: words for one in self.team.gathered(self.starved) for parameter, words in one.items()}
         self.starved = {parameter: starved[parameter] for parameter in self.inside if parameter in starved}
 
-    def restore_weights(self) -> None:
-        """Put back every value that `set_weight` replaced."""
-        for parameter, values in self.replaced.items():
-            self.candidate.put_weight(parameter, partial(_itself, values))
-        self.weights.clear()
-        self.replaced.clear()
+    def moved(self, parameter: str) -> Tensor | None:
+        """Return by how much `set_weight` changed a parameter; None where it did not."""
+        return self.weights[parameter] - self.replaced[parameter] if parameter in self.replaced else None
+
+    def restore_weights(self, parameters: Iterable[str] | None = None) -> None:
+        """Put back what `set_weight` replaced: all of it, or of some parameters."""
+        for parameter in list(self.replaced if parameters is None else parameters):
+            if parameter in self.replaced:
+                self.candidate.put_weight(parameter, partial(_itself, self.replaced.pop(parameter)))
+                del self.weights[parameter]
 
     def output_error(self, count: int | None = None) -> float:
         """Return how far the block's outputs are from the targets, relative to each token's size (`token_error`).
@@ -290,11 +300,18 @@ def token_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 def moment_bytes(decision: Decision) -> int:
     """Return what the moments of a layer's input take, 0 where it shares another layer's."""
-    return 0 if decision.layer.role in SHARED_INPUTS else 4 * torch.Size(decision.layer.shape[1:]).numel() ** 2
+    return 0 if decision.layer.role in SHARED_INPUTS else 4 * num_inputs(decision.layer) ** 2
 
 
 class BlockTechnique(Technique):
-    """A technique that solves one block at a time from calibration samples: `solve` is all that it adds."""
+    """A technique that solves one block at a time from calibration samples: `solve` is all that it adds.
+
+    `value_bytes` is what it keeps of each weight of a block until the block is done, `row_bytes` what solving takes for
+    each weight of the layer at hand.
+    """
+
+    value_bytes: ClassVar[int] = CODE_BYTES
+    row_bytes: ClassVar[int] = 16
 
     samples: int = Field(64, ge=1, description="calibration samples that are used, evenly spread over those given")
     calibration_dtype: CalibrationDtype = Field(
@@ -341,6 +358,16 @@ class BlockTechnique(Technique):
         """Say whether `solve` looks at each layer by itself, so that processes may have some each."""
         return False
 
+    @property
+    def takes_widths(self) -> bool:
+        """Say whether `solve` rounds to the grids of its decisions, so that a block may be given wider ones."""
+        return False
+
+    def with_more_damping(self) -> Self | None:
+        """Return the technique with ten times the damping; None where it has none."""
+        damping = getattr(self, "damping", None)
+        return None if damping is None else self.model_copy(update={"damping": MORE_DAMPING[1] * damping})
+
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand: while they pass it, or while it is solved."""
         places: dict[tuple[str | None, int | None], list[Decision]] = {}
@@ -351,15 +378,23 @@ class BlockTechnique(Technique):
             values = sum(decision.layer.num_parameters for decision in decisions) if stack is not None else 0
             moments = sum(moment_bytes(decision) for decision in decisions)
             # moments twice: a sum over the samples so far, and that of the chunk at hand
-            largest = max(largest, PASSED_VALUE_BYTES * values + (2 * moments if stack is not None else 0))
-            for decision in decisions:  # moments of layers that were solved are given back
-                rows, inputs = decision.layer.shape[0], torch.Size(decision.layer.shape[1:]).numel()
-                # their factor in float64, and the rows with their codes and what is subtracted from them
-                solve = 8 * inputs**2 + 16 * rows * inputs
-                largest = max(largest, SOLVED_VALUE_BYTES * values + max(moments, 4 * inputs**2) + solve)
-                moments -= moment_bytes(decision)
+            passing = (self.value_bytes + 4) * values + (2 * moments if stack is not None else 0)
+            largest = max(largest, passing, self.solving_bytes(decisions, values, sample_bytes))
+        streams = 4 if self.fits_outputs else 2  # in front and behind; those of the original too
         samples = min(self.samples, num_samples) * sample_bytes
-        return max(largest, super().working_bytes(model, num_samples, sample_bytes)) + 2 * samples
+        return max(largest, super().working_bytes(model, num_samples, sample_bytes)) + streams * samples
+
+    def solving_bytes(self, decisions: Sequence[Decision], values: int, sample_bytes: int) -> int:
+        """Return the bytes that solving some layers takes, `values` weights of which are of one block."""
+        del sample_bytes
+        largest, moments = 0, sum(moment_bytes(decision) for decision in decisions)
+        for decision in decisions:  # moments of layers that were solved are given back
+            rows, inputs = decision.layer.shape[0], num_inputs(decision.layer)
+            # their factor in float64, and the rows with their codes and what is subtracted from them
+            solve = 8 * inputs**2 + self.row_bytes * rows * inputs
+            largest = max(largest, self.value_bytes * values + max(moments, 4 * inputs**2) + solve)
+            moments -= moment_bytes(decision)
+        return largest
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with every decided layer solved, block after block."""

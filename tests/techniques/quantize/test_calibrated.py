@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,12 +18,16 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
+from gossamer.models.example import made_up_example
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
 from gossamer.plan.candidates import recipes, rounds_twice
 from gossamer.recipe import Recipe, Step
 from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
-from gossamer.techniques.base import SearchSpace, Technique
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context, SearchSpace, Technique
 from gossamer.techniques.quantize import calibrated
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
 from gossamer.techniques.quantize.gptq import gptq
@@ -35,6 +41,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 GRID: dict[str, Any] = {"bits": 3, "group_size": 16, "symmetric": False}
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
+SWEEP = runpy.run_path(str(Path(__file__).parents[1] / "test_blockwise.py"))
+FAMILIES = {family.__name__: family for family in SWEEP["FAMILIES"]}
 TASK, logits, opened = TINY["TASK"], TINY["logits"], TINY["opened"]
 
 
@@ -65,6 +73,42 @@ def test_gptq_is_nearer_to_the_original_than_plain_rounding(network: Any) -> Non
     plain = distance(Quantize(**GRID), network())
     solved = distance(Gptq(**GRID), network())
     assert solved < 0.9 * plain
+
+
+@pytest.mark.parametrize("family", [FAMILIES[name] for name in ("vit", "t5", "whisper")], ids=["vit", "t5", "whisper"])
+def test_encoders_pictures_speech_and_cross_attention_are_solved_block_by_block(
+    family: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = family().eval()
+    example = made_up_example(network)
+    assert example is not None
+    source = Source.open(network, forward=lambda module, inputs: module(**inputs).logits)
+    candidate, model = Candidate(source=source, module=source.module(TASK)), map_model(network, example, source.forward)
+    calibration = [
+        Batch({name: values.numpy() for name, values in sample.items()}, np.array([number]))
+        for number, sample in enumerate(SWEEP["varied"](example, 16))
+    ]
+    with Run(tmp_path / "run", {"verb": "test"}) as run:
+        context = Context(task=TASK, example=calibration[0].inputs, calibration=calibration, progress=Silent(), run=run,
+                          identity={"of": "test"})  # fmt: skip
+        step = Gptq(bits=4, group_size=16)
+        candidate = step.apply(candidate, model, context)
+    assert all("had no factor" in note for note in candidate.fallbacks)  # inputs that hardly differ, less their mean
+    decided = {decision.parameter: decision for decision in step.resolve(model)}
+    assert candidate.quantized.keys() == decided.keys()
+    if network.config.is_encoder_decoder:  # queries of the decoder, keys and values of the encoder's output
+        crossing = [name for name in decided if ".encoder_attn." in name or ".EncDecAttention." in name]
+        assert len(crossing) == 8
+    for codes in candidate.quantized.values():
+        low, high = codes.spec.ends if codes.spec.symmetric else (codes.spec.low, codes.spec.high)
+        assert int(codes.codes.min()) >= low
+        assert int(codes.codes.max()) <= high
+        assert torch.isfinite(codes.dequantize()).all()
+    found = [json.loads(path.read_text()) for path in (tmp_path / "run" / "steps").glob("block-*/result.json")]
+    blocks = [step["value"] for step in found if step["inputs"]["stack"]]
+    assert len(blocks) == sum(stack.num_blocks for stack in model.stacks)
+    assert all(block["error"] < block["plain"] for block in blocks)
 
 
 def test_biases_take_the_mean_errors_where_there_are_any() -> None:

@@ -15,7 +15,7 @@ import torch
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.blockwise import CHANGED_BYTES, Block, BlockTechnique
 from gossamer.techniques.prune.units import made_up_for, magnitude_scores, obs_order
 from gossamer.techniques.quantize.bias import corrected_bias
 
@@ -28,6 +28,8 @@ class Masking(BlockTechnique):
     name: ClassVar[str] = "prune"
     family: ClassVar[str] = "prune"
     needs: ClassVar[Needs] = Needs(calibration_rows=MIN_SAMPLES)
+
+    value_bytes: ClassVar[int] = CHANGED_BYTES
 
     step: dict[str, Any]  # the recipe's entry that it is a part of
     readers: dict[str, tuple[int, int]]  # weight -> (columns of a unit, units that go)

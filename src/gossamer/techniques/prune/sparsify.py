@@ -7,6 +7,7 @@ Later steps keep it: a weight that is exactly zero stays so when it is rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from gossamer.errors import RecipeError
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.blockwise import CHANGED_BYTES, Block, BlockTechnique
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import (
     PatternText,
@@ -29,6 +30,7 @@ from gossamer.techniques.prune.masks import (
 from gossamer.techniques.prune.sparsegpt import sparsegpt
 from gossamer.techniques.quantize.descend import descend_values
 from gossamer.techniques.quantize.layers import num_inputs
+from gossamer.techniques.sweep_gates import guarded
 
 MIN_SAMPLES = 8
 
@@ -47,6 +49,9 @@ class Sparsify(BlockTechnique):
         after=("rotate",),  # a turned residual stream has no zeros left
         before=("quantize", "gptq", "learned_rounding", "awq", "cast"),
     )
+
+    value_bytes: ClassVar[int] = CHANGED_BYTES
+    row_bytes: ClassVar[int] = 32  # SparseGPT's weights, and while they are fitted again: by rows and by channels
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of each layer's weights that become zero")
     pattern: PatternText = Field(
@@ -84,22 +89,25 @@ class Sparsify(BlockTechnique):
         pattern = read_pattern(self.pattern) if self.pattern else None
         for parameter, decision in block.decisions.items():
             transposed = decision.layer.transposed
-            weight, seen = block.weight(parameter), moments.get(parameter)
+            weight, seen = block.weight(parameter), moments.pop(parameter, None)
             rows_OI = rows_of(weight.float(), transposed)
-            if self.by == "magnitude" or not block.enough(parameter, seen, "cut by magnitude"):
+            sparse_OI = None
+            if self.by != "magnitude" and block.enough(parameter, seen, "cut by magnitude"):
+                assert seen is not None
+                if self.by == "wanda":
+                    sparse_OI = rows_OI * kept(wanda_scores(rows_OI, seen.second_II), self.sparsity, pattern)
+                else:
+                    made_up = partial(self._made_up_for, rows_OI, seen.second_II, parameter)
+                    sparse_OI = guarded(block, [parameter], made_up, self.damping, "cut by magnitude")
+            if sparse_OI is None:
                 sparse_OI = rows_OI * kept(magnitude_scores(rows_OI), self.sparsity, pattern)
-                block.set_weight(parameter, _reshaped(sparse_OI, weight, transposed))
-                continue
-            assert seen is not None
-            if self.by == "wanda":
-                sparse_OI = rows_OI * kept(wanda_scores(rows_OI, seen.second_II), self.sparsity, pattern)
-            else:
-                second_II, damping = seen.second_II, self.damping
-                sparse_OI = sparsegpt(
-                    rows_OI, second_II, self.sparsity, pattern=pattern, damping=damping, name=parameter
-                )
-                sparse_OI = descend_values(rows_OI, second_II, sparse_OI, passes=self.passes, damping=damping)
             block.set_weight(parameter, _reshaped(sparse_OI, weight, transposed))
+
+    def _made_up_for(self, rows_OI: Tensor, second_II: Tensor, name: str, damping: float) -> Tensor:
+        """Return SparseGPT's weights, those that stay fitted again."""
+        pattern = read_pattern(self.pattern) if self.pattern else None
+        sparse_OI = sparsegpt(rows_OI, second_II, self.sparsity, pattern=pattern, damping=damping, name=name)
+        return descend_values(rows_OI, second_II, sparse_OI, passes=self.passes, damping=damping)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

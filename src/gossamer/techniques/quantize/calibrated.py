@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,9 +33,12 @@ from gossamer.techniques.quantize.learned import learn_rounding
 from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.quantize.quantize import Quantize, needs_symmetry
 from gossamer.techniques.quantize.refit import refit_scales
+from gossamer.techniques.sweep_gates import guarded
 from gossamer.techniques.sweep_precision import computing
 
 MIN_SAMPLES = 8
+LEARNED_BYTES = 56  # of a weight whose rounding is learned: what is learned, its gradient, the graph through both
+GRAPH_SAMPLES = 6  # what a sample leaves in a block's graph, in samples between two blocks
 MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
 
 
@@ -87,6 +91,11 @@ class CalibratedGrid(FormatSettings, BlockTechnique):
         if not self.symmetric:
             words.append("asymmetric")
         return " ".join(words)
+
+    @property
+    def takes_widths(self) -> bool:
+        """Say that each layer is rounded to the grid that was decided for it."""
+        return True
 
     def _spec(self) -> QuantSpec:
         return QuantSpec(bits=self.bits, symmetric=self.symmetric, group_size=self.group_size, format=self.format)
@@ -155,7 +164,14 @@ class Gptq(CalibratedGrid):
             biases = [self._bias_of(block, parameter) for parameter in parameters]
             second_II = seen.covariance_II if biases[0] else seen.second_II
             weights = [block.weight(parameter) for parameter in parameters]
-            found = self._codes(weights, second_II, [block.decisions[parameter] for parameter in parameters])
+            codes_of = partial(
+                self._codes, weights, second_II, [block.decisions[parameter] for parameter in parameters]
+            )
+            found = guarded(block, parameters, codes_of, self.damping, "rounded plainly")
+            if found is None:
+                for parameter, codes in self.plain_codes(block, parameters).items():
+                    block.set_quantized(parameter, codes)
+                continue
             for parameter, weight, bias, codes in zip(parameters, weights, biases, found, strict=True):
                 if bias:
                     before_OI, after_OI = (rows_of(values, codes.transposed) for values in (weight, codes.dequantize()))
@@ -196,28 +212,27 @@ class Gptq(CalibratedGrid):
         return (rows_OI.t() if transposed else rows_OI).reshape(weight.shape)
 
     def _codes(
-        self, weights: Sequence[Tensor], second_II: Tensor, decisions: Sequence[Decision]
-    ) -> Iterator[Quantized]:
-        """Yield the codes of layers with one input and one grid: GPTQ's, improved by turns in scales and codes."""
+        self, weights: Sequence[Tensor], second_II: Tensor, decisions: Sequence[Decision], damping: float
+    ) -> list[Quantized]:
+        """Return the codes of layers with one input and one grid: GPTQ's, improved by turns in scales and codes."""
         spec, name = decisions[0].weight, decisions[0].parameter
         assert spec is not None
         parts = [rows_of(weight, one.layer.transposed) for weight, one in zip(weights, decisions, strict=True)]
         start_OI = rows_OI = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.sparse:
-            start_OI = sparsegpt(
-                rows_OI, second_II, self.sparsity, pattern=self._pattern, damping=self.damping, name=name
-            )
-        codes = gptq(start_OI, second_II, spec, scale=self.scale, order=self.order, damping=self.damping, name=name)
+            start_OI = sparsegpt(rows_OI, second_II, self.sparsity, pattern=self._pattern, damping=damping, name=name)
+        codes = gptq(start_OI, second_II, spec, scale=self.scale, order=self.order, damping=damping, name=name)
         keep_OI = start_OI != 0
         for turn in range(self.passes + 1):
             if turn:
-                codes = descend(rows_OI, second_II, codes, keep_OI=keep_OI, damping=self.damping)
+                codes = descend(rows_OI, second_II, codes, keep_OI=keep_OI, damping=damping)
             if self.refit:
                 codes = refit_scales(rows_OI, second_II, codes)
-        first = 0
+        found, first = [], 0
         for weight, part, one in zip(weights, parts, decisions, strict=True):
-            yield codes.rows(first, first + len(part), tuple(weight.shape), transposed=one.layer.transposed)
+            found.append(codes.rows(first, first + len(part), tuple(weight.shape), transposed=one.layer.transposed))
             first += len(part)
+        return found
 
     @property
     def sparse(self) -> bool:
@@ -249,6 +264,11 @@ class LearnedRounding(Gptq):
         if self.format != "int":
             raise ValueError(f"learned_rounding moves codes by equal steps, which {self.format} has not; use gptq")
         return self
+
+    def solving_bytes(self, decisions: Sequence[Decision], values: int, sample_bytes: int) -> int:
+        """Return the bytes that the start takes, or one step of learning: all layers' gradients, one sample's graph."""
+        learning = LEARNED_BYTES * values + GRAPH_SAMPLES * sample_bytes
+        return max(super().solving_bytes(decisions, values, sample_bytes) + 4 * values, learning)
 
     @property
     def fits_outputs(self) -> bool:

@@ -29,7 +29,10 @@ from torch import Tensor
 from gossamer.errors import TechniqueError
 
 ROWS_AT_A_TIME = 1024
-MAX_DAMPING_FACTOR = 1000.0  # a factorisation that fails is tried again with ten times the damping, up to here
+
+
+class Degenerate(TechniqueError):
+    """The second moments of a layer's inputs have no factor: more damping may give them one."""
 
 
 def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", channels_I: Tensor | None = None) -> Tensor:
@@ -37,7 +40,8 @@ def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", chan
 
     `channels_I` is the order in which the channels are taken (as they stand when None). Memory: one copy of the moments
     in float64, in which LAPACK factors, inverts and factors again, and in which the result lies; on a GPU two. Raises
-    TechniqueError for moments that are not finite, or not positive definite whatever the damping.
+    TechniqueError for moments that are not finite, Degenerate for those that are not positive definite with this
+    damping.
     """
     if not bool(torch.isfinite(second_II.sum())) and not bool(torch.isfinite(second_II).all()):
         raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
@@ -47,18 +51,15 @@ def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", chan
     diagonal_I = second_II.diagonal().double()[order_I]
     mean = float(diagonal_I.mean()) or 1.0
     dead_I = (diagonal_I == 0).double() * mean
-    extra = damping * mean
     # float64: two factorisations of a nearly singular matrix must agree between machines and block sizes
     work_II = torch.empty(num_inputs, num_inputs, dtype=torch.float64, device=device)
-    while extra <= MAX_DAMPING_FACTOR * damping * mean:
-        for start in range(0, num_inputs, ROWS_AT_A_TIME):
-            rows_I = order_I[start : start + ROWS_AT_A_TIME]
-            work_II[start : start + ROWS_AT_A_TIME] = second_II[rows_I][:, order_I]
-        work_II.diagonal().add_(dead_I).add_(extra)
-        if (found_II := factored(work_II)) is not None:
-            return found_II
-        extra *= 10
-    raise TechniqueError(
+    for start in range(0, num_inputs, ROWS_AT_A_TIME):
+        rows_I = order_I[start : start + ROWS_AT_A_TIME]
+        work_II[start : start + ROWS_AT_A_TIME] = second_II[rows_I][:, order_I]
+    work_II.diagonal().add_(dead_I).add_(damping * mean)
+    if (found_II := factored(work_II)) is not None:
+        return found_II
+    raise Degenerate(
         f"the second moments of the inputs of {name} are not positive definite with {damping:g} damping",
         "give more calibration rows, or raise `damping`",
     )

@@ -9,7 +9,8 @@ left as it is (`smooth`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -17,13 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.errors import RecipeError
-from gossamer.models.quantized import QuantSpec, rows_of
+from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.scalings import Scaling, find_scalings, scaled_weights
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.blockwise import CHANGED_BYTES, CODE_BYTES, Block, BlockTechnique, moment_bytes
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.awq import (
+    CHUNK_ROWS,
     NUM_EXPONENTS,
     Clip,
     Factors,
@@ -34,8 +36,14 @@ from gossamer.techniques.quantize.awq import (
 )
 from gossamer.techniques.quantize.calibrated import MIN_SAMPLES, CalibratedGrid
 from gossamer.techniques.quantize.gptq import gptq
+from gossamer.techniques.quantize.layers import num_inputs
 from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.quantize.smooth import smooth_factors
+from gossamer.techniques.sweep_gates import guarded
+
+DAMPING = 0.01  # of GPTQ behind a scaling
+MOST_READERS = 3  # layers that read one place: queries, keys and values
+SEARCH_BYTES, CLIPPED_BYTES = 32, 40  # of a weight while factors are tried, and while its group is clipped
 
 
 class Awq(CalibratedGrid):
@@ -46,6 +54,8 @@ class Awq(CalibratedGrid):
     """
 
     name: ClassVar[str] = "awq"
+
+    value_bytes: ClassVar[int] = CODE_BYTES + CHANGED_BYTES  # a weight is scaled before it is rounded
 
     round: Literal["nearest", "gptq"] = Field("nearest", description="what rounds the scaled weights")
     clip: Clip = Field(
@@ -67,7 +77,7 @@ class Awq(CalibratedGrid):
                     put_scaling(block, place, found.factors_I)
                     factors |= {f"{block.name}.{name}": found.factors_I for name in place.consumers}
         for parameter, spec in specs.items():
-            seen, transposed = moments.get(parameter), block.decisions[parameter].layer.transposed
+            seen, transposed = moments.pop(parameter, None), block.decisions[parameter].layer.transposed
             weight = block.weight(parameter)
             if not block.enough(parameter, seen, "rounded plainly"):
                 block.set_quantized(parameter, self.plain_codes(block, [parameter])[parameter])
@@ -76,18 +86,14 @@ class Awq(CalibratedGrid):
             second_II = seen.second_II
             if parameter in factors:
                 second_II = scaled_moments(second_II, factors[parameter])
-            if self.round == "nearest":
-                codes = round_clipped(weight, second_II, spec, clip=self.clip, transposed=transposed, name=parameter)
-            else:
-                codes = gptq(
-                    rows_of(weight, transposed),
-                    second_II,
-                    spec,
-                    transposed=transposed,
-                    shape=tuple(weight.shape),
-                    name=parameter,
-                )
-            block.set_quantized(parameter, codes)
+            found = None
+            if self.round == "gptq":
+                codes_of = partial(_gptq_codes, weight, second_II, spec, parameter, transposed)
+                found = guarded(block, [parameter], codes_of, DAMPING, "rounded to the nearest")
+            block.set_quantized(
+                parameter,
+                found or round_clipped(weight, second_II, spec, clip=self.clip, transposed=transposed, name=parameter),
+            )
 
     def _search(
         self, block: Block, place: Scaling, moments: Mapping[str, Moments], specs: Mapping[str, QuantSpec]
@@ -100,6 +106,18 @@ class Awq(CalibratedGrid):
         tokens_N1 = torch.tensor([[part.num_tokens] for part in seen], device=means_NI.device)
         mean_abs_I = (means_NI * tokens_N1).sum(0) / tokens_N1.sum()
         return awq_factors(mean_abs_I, readers, shared=place.shared, num_exponents=self.exponents)
+
+    def solving_bytes(self, decisions: Sequence[Decision], values: int, sample_bytes: int) -> int:
+        """Return the bytes that searching factors and rounding take; all moments are there until factors are found."""
+        moments = sum(moment_bytes(decision) for decision in decisions)
+        sizes = [(decision.layer.shape[0], num_inputs(decision.layer)) for decision in decisions]
+        readers = sorted((rows * inputs for rows, inputs in sizes), reverse=True)[:MOST_READERS]
+        search = 4 * sum(readers) + SEARCH_BYTES * max(readers, default=0)
+        clipping = max((8 * o * i + CLIPPED_BYTES * min(o, CHUNK_ROWS) * i + 12 * i**2 for o, i in sizes), default=0)
+        kept = self.value_bytes * values + moments
+        # scaled values are put in place while the block is in memory
+        here = kept + max(4 * values, search if self.exponents else 0, clipping)
+        return here if self.round == "nearest" else max(here, super().solving_bytes(decisions, values, sample_bytes))
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
@@ -116,6 +134,7 @@ class Smooth(BlockTechnique):
 
     name: ClassVar[str] = "smooth"
     family: ClassVar[str] = "quantize"
+    value_bytes: ClassVar[int] = CHANGED_BYTES
     needs: ClassVar[Needs] = Needs(
         calibration_rows=MIN_SAMPLES,
         roles=("linear",),
@@ -165,6 +184,14 @@ class Smooth(BlockTechnique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: it is carried out where a recipe asks for it."""
         yield from ()
+
+
+def _gptq_codes(
+    weight: Tensor, second_II: Tensor, spec: QuantSpec, name: str, transposed: bool, damping: float
+) -> Quantized:
+    """Return GPTQ's codes of one parameter."""
+    rows_OI, shape = rows_of(weight, transposed), tuple(weight.shape)
+    return gptq(rows_OI, second_II, spec, damping=damping, transposed=transposed, shape=shape, name=name)
 
 
 def places(block: Block) -> list[Scaling]:
