@@ -50,8 +50,9 @@ def contenders() -> list[Gossamer]:
     found = []
     for grid in GRIDS:
         name = f"int{grid['bits']}" + (f" g{grid['group_size']}" if "group_size" in grid else "")
-        found.append(Gossamer("torch", ({"quantize": grid}, EMBEDDING), f"{name}, nearest", rows=False))
-        found.append(Gossamer("torch", ({"gptq": grid}, EMBEDDING), f"{name}, gptq"))
+        linear = {**grid, "targets": ["linear"]}
+        found.append(Gossamer("torch", ({"quantize": linear}, EMBEDDING), f"{name}, nearest", rows=False))
+        found.append(Gossamer("torch", ({"gptq": linear}, EMBEDDING), f"{name}, gptq"))
     return found
 
 
