@@ -144,14 +144,14 @@ def predictors(rounded: Rounded, known: dict[str, Sensitivity], alone_M: Floats)
     found = {name: np.zeros((len(rounded.weights), len(WIDTHS))) for name in PREDICTORS}
     for m, (name, weight) in enumerate(zip(rounded.layers, rounded.weights, strict=True)):
         seen = known[name]
-        second_II = seen.moments.second_II.double()
-        energy = float(((weight.double() @ second_II) * weight.double()).sum())
+        second_II = seen.moments.second_II
+        energy = float(((weight @ second_II) * weight).sum())
         for b, bits in enumerate(WIDTHS):
-            values = rounded.codes[m][bits].dequantize()
-            change = (weight - values).double()
-            error = float(((change @ second_II) * change).sum())
+            change = weight - rounded.codes[m][bits].dequantize()
+            error_O = ((change @ second_II) * change).sum(1)
+            error = float(error_O.sum())
             found["output error"][m, b], found["relative error"][m, b] = error, error / energy
-            found["Fisher"][m, b] = seen.divergence(weight, values)
+            found["Fisher"][m, b] = 0.5 * float(seen.fisher_O @ error_O)
             plain = quantize_weight(weight, rounded.codes[m][bits].spec).dequantize()
             found["Fisher, min-max"][m, b] = seen.divergence(weight, plain)
     errors = found["output error"]
