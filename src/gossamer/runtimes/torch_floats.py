@@ -31,7 +31,7 @@ from gossamer.models.quantized import ActivationSpec, Quantized, QuantSpec
 from gossamer.models.shards import Entry
 
 FloatLayout = Literal["float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"]
-LAYOUTS: dict[Format, FloatLayout] = {
+LAYOUTS: dict[str, FloatLayout] = {
     "fp8": "float-quantized",
     "mxfp4": "mxfp4-pack-quantized",
     "nvfp4": "nvfp4-pack-quantized",

@@ -142,7 +142,8 @@ class GgufBlocks(BlockTechnique):
         seen: set[tuple[str, ...]] = set()
         for name in cls.domain("format"):
             for mixture in mixtures if name in ("q4_k", "q5_k") else mixtures[:1]:
-                step = cls(format=name, importance=rows, ignore=refused, format_of=mixture)
+                settings = {"format": name, "importance": rows, "ignore": refused, "format_of": mixture}
+                step = cls.model_validate(settings)
                 grids = tuple(str(decision.weight) for decision in step.resolve(space.model))
                 if grids not in seen:  # where one format stands in for another
                     seen.add(grids)
@@ -156,7 +157,7 @@ class GgufBlocks(BlockTechnique):
         tables = [layer for layer in space.model.layers if layer.kind == "embedding" and layer.tied_to is None]
         seen: set[tuple[str, ...]] = set()
         for name in TABLE_FORMATS if tables and not any(num_inputs(table) % BLOCK for table in tables) else ():
-            step = cls(format=name, importance=False, targets=("embedding",))
+            step = cls.model_validate({"format": name, "importance": False, "targets": ("embedding",)})
             grids = tuple(str(decision.weight) for decision in step.resolve(space.model))
             if grids not in seen:
                 seen.add(grids)
