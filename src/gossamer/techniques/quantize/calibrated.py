@@ -18,7 +18,7 @@ from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
-from gossamer.techniques.blockwise import Block, BlockTechnique, token_error
+from gossamer.techniques.blockwise import MAX_TOGETHER, Block, BlockTechnique, token_error
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
 from gossamer.techniques.prune.sparsegpt import sparsegpt
@@ -35,7 +35,6 @@ from gossamer.techniques.quantize.refit import refit_scales
 from gossamer.techniques.sweep_precision import computing
 
 MIN_SAMPLES = 8
-MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
 
 
 class CalibratedGrid(FormatSettings, BlockTechnique):
