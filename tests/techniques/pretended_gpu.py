@@ -138,9 +138,7 @@ def _inner(value: Tensor) -> Tensor:
 def pretended() -> Iterator[Pretended]:
     """Pretend that there is a GPU while the `with` lasts."""
     before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(
-        True
-    )  # torch.tensor makes one in main memory, and moves it
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes one in main memory, and moves it
     try:
         with Pretended() as gpu:
             yield gpu
