@@ -287,7 +287,7 @@ STEPS: list[tuple[Callable[[], nn.Module], str]] = [
     (llama, "- gptq: {bits: 4, group_size: 16, sparsity: 0.4, passes: 0}"),
     (llama, "- gptq: {format: mxfp4, bits: 4, group_size: 32, symmetric: true, passes: 0}"),
     (llama, "- awq: {bits: 3, group_size: 16, exponents: 4}"),
-    (gpt2, "- awq: {bits: 3, group_size: 16, exponents: 4, round: gptq}"),
+    (gpt2, "- awq: {bits: 3, group_size: 16, exponents: 1, round: gptq}"),  # of finer ones two may be as good
     (llama, "- smooth: {}"),
     (llama, '- sparsify: {pattern: "2:4", passes: 0}'),
     (bert, "- sparsify: {sparsity: 0.5, by: wanda}"),
