@@ -137,5 +137,10 @@ def _inner(value: Tensor) -> Tensor:
 @contextmanager
 def pretended() -> Iterator[Pretended]:
     """Pretend that there is a GPU while the `with` lasts."""
-    with Pretended() as gpu:
-        yield gpu
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes one in main memory, and moves it
+    try:
+        with Pretended() as gpu:
+            yield gpu
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)

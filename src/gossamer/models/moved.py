@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,10 @@ def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    places = [
-        (held, name, values)
-        for part in module.modules()
-        for held in (part._parameters, part._buffers)
-        for name, values in held.items()  # type: ignore[attr-defined]  # both are dicts of tensors or None
-        if values is not None
-    ]
+    stores: list[dict[str, Any]] = []
+    for part in module.modules():
+        stores += [part._parameters, part._buffers]
+    places = [(held, name, values) for held in stores for name, values in held.items() if values is not None]
     there: dict[int, Tensor] = {}
     try:
         for held, name, values in places:

@@ -50,6 +50,7 @@ from gossamer.techniques.sweep_shared import Share, share_of, shared_codes, shar
 
 CODE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 CHANGED_BYTES = 8  # of a weight that gets another value: that, and what it was
+MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
 # layers that read what another one (q, gate) reads: one set of moments
 SHARED_INPUTS = frozenset(("k", "v", "up", "expert_up"))
 

@@ -14,6 +14,7 @@ row for each channel, codes, and the three temporaries of a search for scales. N
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ import torch
 from gossamer.errors import TechniqueError, first_line
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision
-from gossamer.techniques.blockwise import BlockTechnique, moment_bytes
+from gossamer.techniques.blockwise import MAX_TOGETHER, BlockTechnique, moment_bytes
 
 VALUE_BYTES = 4
 FACTOR_BYTES = 2 * 8 + 4  # of a second moment while it is factored: two copies in float64, and the factor
@@ -47,12 +48,21 @@ def device_bytes(step: BlockTechnique, model: ModelMap, sample_bytes: int) -> di
         found["observe"] = max(found["observe"], passed + 2 * moments)
         found["pass on"] = max(found["pass on"], passed)
         found["solve"] = max(found["solve"], passed + learned if learned else 0)
+        together: Counter[int] = Counter()  # rows of small layers with as many inputs: some are solved side by side
+        for decision in decisions:
+            if decision.layer.num_parameters <= MAX_TOGETHER:
+                together[_inputs(decision)] += decision.layer.shape[0]
         for decision in decisions:  # moments of layers that were solved are given back
-            rows, inputs = decision.layer.shape[0], torch.Size(decision.layer.shape[1:]).numel()
+            inputs = _inputs(decision)
+            rows = max(decision.layer.shape[0], together[inputs])
             alone = max(moments, VALUE_BYTES * inputs**2) + FACTOR_BYTES * inputs**2 + SOLVED_BYTES * rows * inputs
             found["solve"] = max(found["solve"], alone)
             moments -= moment_bytes(decision)
     return {stage: RESERVED_BYTES + count for stage, count in found.items()}
+
+
+def _inputs(decision: Decision) -> int:
+    return torch.Size(decision.layer.shape[1:]).numel()
 
 
 @contextmanager

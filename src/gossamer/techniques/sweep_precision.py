@@ -50,4 +50,4 @@ def worth_trying(wanted: CalibrationDtype, device: torch.device = CPU) -> bool:
     """Say whether the precision has to be found out: nobody has set it, and bfloat16 would be faster on a device."""
     if device.type == "cpu":
         return wanted == "auto" and multiplies_bf16()
-    return wanted == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return wanted == "auto" and bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -81,7 +81,7 @@ class Masking(BlockTechnique):
                 assert second_II is not None
                 gone = obs_order(before_OI, second_II, unit, count, damping=self.damping)
             stays_I = torch.ones(before_OI.shape[1] // unit, unit, dtype=torch.bool, device=before_OI.device)
-            stays_I[gone] = False
+            stays_I[torch.tensor(gone, dtype=torch.long, device=stays_I.device)] = False
             after_OI = before_OI * stays_I.flatten()
             if self.refit and second_II is not None:
                 after_OI = made_up_for(before_OI, second_II, stays_I.flatten(), damping=self.damping)

@@ -19,7 +19,7 @@ from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
-from gossamer.techniques.blockwise import Block, BlockTechnique, token_error
+from gossamer.techniques.blockwise import MAX_TOGETHER, Block, BlockTechnique, token_error
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
 from gossamer.techniques.prune.sparsegpt import sparsegpt
@@ -39,7 +39,6 @@ from gossamer.techniques.sweep_precision import computing
 MIN_SAMPLES = 8
 LEARNED_BYTES = 56  # of a weight whose rounding is learned: what is learned, its gradient, the graph through both
 GRAPH_SAMPLES = 6  # what a sample leaves in a block's graph, in samples between two blocks
-MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
 
 
 class CalibratedGrid(FormatSettings, BlockTechnique):
