@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from gossamer.errors import GoalError, RuntimeUnavailable, TechniqueError
 from gossamer.goal import parse_goal
 from gossamer.measure.memory import resident_bytes
+from gossamer.models import shards
+from gossamer.models.shards import Entry
 from gossamer.models.source import Source
 from gossamer.plan import allocation, budget
 from gossamer.plan.budget import weights_budget
@@ -25,12 +28,12 @@ from gossamer.plan.flow import apply_run, optimize_run
 from gossamer.plan.forecast import artifact_bytes
 from gossamer.plan.job import Job
 from gossamer.plan.prepare import Inputs, Prepared, identity, opened_job, prepare, with_runtime
-from gossamer.plan.proof import apply_steps
+from gossamer.plan.proof import apply_steps, build_artifact
 from gossamer.plan.records import RunResult
 from gossamer.report.html import write_report
 from gossamer.run.progress import Silent
 from gossamer.run.workspace import Run
-from gossamer.runtimes import get_runtime
+from gossamer.runtimes import get_runtime, torch_folder
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import recipe_of
@@ -160,6 +163,40 @@ def test_widths_are_mixed_for_a_bound_on_bytes_without_opening_the_model(speaker
             whole = allocation._table(job, base, decisions)
     ranks = [np.argsort(np.argsort(part[:, allocation.WIDTHS.index(4)])) for part in (table, whole)]
     assert np.corrcoef(*ranks)[0, 1] > 0.5  # much the same layers are the delicate ones
+
+
+@pytest.mark.usefixtures("tight")
+def test_writing_goes_on_behind_the_last_finished_shard(
+    speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_folder, "MAX_SHARD_BYTES", 20_000)
+    inputs, steps = inputs_of(speaker), (Quantize(bits=4, group_size=32), Quantize(targets=("embedding",)))
+    prepared = prepare(inputs)
+    with opened_again(inputs, prepared, tmp_path / "straight") as job:
+        wanted = build_artifact(job, steps).folder / "artifact"
+    real, written = shards._write_files, []
+
+    def stopping(files: Mapping[Path, Sequence[Entry]], *more: Any) -> None:
+        if len(written) == 2:
+            written.append("nothing")
+            raise KeyboardInterrupt
+        real(files, *more)
+        written.extend(path.name for path in files)
+
+    monkeypatch.setattr(shards, "_write_files", stopping)
+    with opened_again(inputs, prepared, tmp_path / "stopped") as job, pytest.raises(KeyboardInterrupt):
+        build_artifact(job, steps)
+    assert len(list((tmp_path / "stopped" / "steps").glob("shard-*"))) == 2
+    with opened_again(inputs, prepared, tmp_path / "stopped") as job:
+        found = build_artifact(job, steps).folder / "artifact"
+        again = [entry for entry in job.run.journal() if entry["event"] == "reused" and entry["kind"] == "shard"]
+    assert len(again) == 2
+    assert not list((tmp_path / "stopped" / "steps").glob("shard-*"))  # the artifact has them
+    names = sorted(path.name for path in wanted.glob("model*"))
+    assert len(names) > 4
+    assert len(set(written)) == len(written) == len(names)  # each once; the index is no shard, "nothing" was none
+    assert sorted(path.name for path in found.glob("model*")) == names
+    assert all((wanted / name).read_bytes() == (found / name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize("run", ["new", "begun with torch"])
