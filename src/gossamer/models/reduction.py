@@ -118,8 +118,14 @@ def reduced(candidate: Candidate, kept: Kept) -> Candidate:
         _fill(module, value)
         return replace(candidate, module=module)
     smaller = Candidate.streamed(candidate.source, module, value, candidate.weights.budget)
-    kept = {name: getattr(candidate, name) for name in ("dtype", "applied", "routed", "fallbacks", "widened")}
-    return replace(smaller, **kept)
+    return replace(
+        smaller,
+        dtype=candidate.dtype,
+        applied=candidate.applied,
+        routed=candidate.routed,
+        fallbacks=candidate.fallbacks,
+        widened=candidate.widened,
+    )
 
 
 def said_by_config(module: nn.Module, kept: Kept) -> Change | None:

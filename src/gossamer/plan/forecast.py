@@ -40,7 +40,7 @@ from gossamer.runtimes.torch_streamed import BYTES_OF_A_SAMPLE
 from gossamer.techniques.base import VALUE_BYTES, Decision, Technique
 from gossamer.techniques.blockwise import SHARED_INPUTS, BlockTechnique
 from gossamer.techniques.quantize.layers import num_inputs
-from gossamer.techniques.sweep import NUM_GATED
+from gossamer.techniques.sweep_gates import NUM_GATED
 from gossamer.techniques.sweep_memory import SweepMemory
 
 STAGES = ("open", "original", "observe", "solve", "pass on", "round", "train", "compare", "write", "prove", "publish")

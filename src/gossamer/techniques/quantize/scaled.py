@@ -86,14 +86,13 @@ class Awq(CalibratedGrid):
             second_II = seen.second_II
             if parameter in factors:
                 second_II = scaled_moments(second_II, factors[parameter])
-            found = None
+            codes = None
             if self.round == "gptq":
                 codes_of = partial(_gptq_codes, weight, second_II, spec, parameter, transposed)
-                found = guarded(block, [parameter], codes_of, DAMPING, "rounded to the nearest")
-            block.set_quantized(
-                parameter,
-                found or round_clipped(weight, second_II, spec, clip=self.clip, transposed=transposed, name=parameter),
-            )
+                codes = guarded(block, [parameter], codes_of, DAMPING, "rounded to the nearest")
+            if codes is None:
+                codes = round_clipped(weight, second_II, spec, clip=self.clip, transposed=transposed, name=parameter)
+            block.set_quantized(parameter, codes)
 
     def _search(
         self, block: Block, place: Scaling, moments: Mapping[str, Moments], specs: Mapping[str, QuantSpec]
