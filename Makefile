@@ -82,10 +82,10 @@ format: $(READY)  ## rewrite the code in the house's format
 test: lint unit  ## lint, then every test that needs no real model
 
 unit: $(READY)
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not e2e and not slow"
+	@$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not e2e and not slow"
 
 test-all: lint docs demo-model  ## lint, documentation, and every test, real models too
-	@$(PYTEST) -n $(JOBS) --dist loadfile -m "not e2e"
+	@$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not e2e"
 	@$(PYTEST) -m e2e
 
 docs: $(DOCS_READY)  ## build the documentation into site/

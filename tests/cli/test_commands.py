@@ -82,7 +82,7 @@ def test_every_option_arrives(calls: dict[str, Any]) -> None:
         *("--eval", "e.csv", "--runtime", "openvino", "--out", "here", "--fresh", "--max-candidates", "3", "--set"),
         *("max_length=64", "--column", "text=body", "--column", "label=y", "--seed", "7", "--threads", "2", "--time"),
         *("30min", "--calibration-rows", "32", "--eval-rows", "500", "--trust-remote-code", "--memory", "4GiB"),
-        *("--track", "tensorboard, mlflow"),
+        *("--track", "tensorboard, mlflow", "--device", "cpu"),
     ]
     assert main([*GIVEN, *more]) == 0
     progress = calls.pop("progress")
@@ -92,7 +92,7 @@ def test_every_option_arrives(calls: dict[str, Any]) -> None:
         "evaluation": "e.csv", "runtime": "openvino", "out": Path("here"), "fresh": True, "max_candidates": 3,
         "task_settings": {"max_length": 64}, "columns": {"text": "body", "label": "y"}, "seed": 7, "threads": 2,
         "time_budget": 1800.0, "calibration_rows": 32, "evaluation_rows": 500, "trust_remote_code": True,
-        "memory": 4 * 2**30, "track": ("tensorboard", "mlflow"),
+        "memory": 4 * 2**30, "track": ("tensorboard", "mlflow"), "device": "cpu",
     }  # fmt: skip
 
 

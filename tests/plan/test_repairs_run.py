@@ -19,6 +19,7 @@ ROWS = [{"text": f"{number}: {text}, and {text} again"} for number in range(40) 
 ROUNDED: Steps = (Quantize(bits=4, group_size=32, symmetric=False),)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # processes are started for the original, and for each of two candidates
 def test_what_falls_short_in_quality_is_repaired_before_the_search_goes_elsewhere(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

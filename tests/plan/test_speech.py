@@ -45,6 +45,7 @@ def test_apply_scores_the_files_as_the_model_in_memory(whisper: str, tmp_path: P
     assert found.original.metric is not None
 
 
+@pytest.mark.slow
 def test_without_rows_a_made_up_recording_proves_the_files(whisper: str, tmp_path: Path) -> None:
     recipe = Recipe.from_yaml("- quantize: {bits: 4, group_size: 16, targets: [linear]}")
     found = api.apply(recipe, whisper, out=tmp_path / "out", task="speech-recognition", threads=1)

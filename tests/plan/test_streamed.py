@@ -352,7 +352,13 @@ for turn, blocks in enumerate((4, 4, 16, 64)):  # the first time is for what is 
 
 
 @pytest.mark.timeout(420)  # it writes and reads models of up to 200 MB, and solves 84 blocks
-@pytest.mark.parametrize("script", [FLAT, FLAT_SWEEP], ids=["plain rounding", "a sweep that is stopped halfway"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(FLAT, id="plain rounding"),
+        pytest.param(FLAT_SWEEP, id="a sweep that is stopped halfway", marks=pytest.mark.slow),
+    ],
+)
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, script: str) -> None:
     found = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False, timeout=400

@@ -119,6 +119,7 @@ def test_two_processes_tell_what_each_expert_saw_as_one_does(tmp_path: Path, mon
     assert hashes == {hash_file(tmp_path / "alone" / "found-0.safetensors")}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_on_gpus_give_the_bytes_of_one(tmp_path: Path) -> None:
     for name in ("alone", "two"):
