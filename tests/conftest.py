@@ -39,7 +39,7 @@ def cap_of(folder: str, slow: bool) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first, and give each test its folder's cap, unless it sets one; tests in e2e/ are marked as such."""
+    """Put long files first; give each test its folder's cap, unless it sets one; tests in e2e/ are marked as such."""
     places = {folder: place for place, folder in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).parts[0], len(FIRST)))
     for item in items:
