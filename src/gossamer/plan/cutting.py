@@ -67,8 +67,13 @@ class Cutting:
         """
         most = saved.max(axis=1)
         spare = int(most.sum()) - needed
-        chosen = allocate(self.losses, most[:, None] - saved, max(spare, 1)) if spare >= 0 else None
-        if chosen is None:
+        if spare < 0:
+            return None
+        if spare < 1:  # savings are whole numbers: all that there is to save is needed
+            chosen = np.where(saved == most[:, None], self.losses, np.inf).argmin(axis=1).tolist()
+        elif (found := allocate(self.losses, most[:, None] - saved, spare)) is not None:
+            chosen = list(found)
+        else:
             return None
         picked = ((choice, choice.sizes[b]) for choice, b in zip(self.choices, self._known(chosen), strict=True))
         return {one: size for choice, size in picked for one in choice.dimensions if size < one.size}
