@@ -24,8 +24,8 @@ TESTS = Path(__file__).parent
 
 # Seconds after which a test is stopped. Far above what a test needs (TARGET_SECONDS): machines are shared, and the
 # first test of a worker also pays for importing torch, or the exporter in `runtimes`.
-DEFAULT_CAP = 30
-CAPS = {"runtimes": 60, "properties": 60, "plan": 60, "cli": 60, "fault": 120, "e2e": 600}
+DEFAULT_CAP = 60
+CAPS = {"runtimes": 120, "properties": 120, "plan": 180, "cli": 120, "fault": 240, "e2e": 600}
 SLOW_CAP = 300
 TARGET_SECONDS = 1.0
 # Folders whose files take longest come first: a worker that gets one last keeps the others waiting.
