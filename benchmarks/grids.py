@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gossamer.measure.machine import usable_cores
 from gossamer.models.levels import FORMATS
 from gossamer.models.quantized import QuantSpec
-from gossamer.techniques.blockwise import observe
+from gossamer.techniques.block import observe
 from gossamer.techniques.quantize.descend import descend
 from gossamer.techniques.quantize.gptq import gptq
 from gossamer.techniques.quantize.grid import ScaleSearch, minmax_grid, quantize_weight

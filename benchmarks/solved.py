@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from build import Built, build_in_child
-from contest import Contest, Entry, megabytes, say, share, wanted
+from contest import Contest, Entry, make_contest, megabytes, say, share, wanted
 from ours import Gossamer
 from peer import Material
 from results import table, write_section
@@ -26,7 +26,6 @@ from gossamer.cli.options import read_settings
 from gossamer.measure.machine import usable_cores
 from gossamer.measure.size import shipped_bytes
 from gossamer.measure.statistics import paired_quality, score_interval
-from gossamer.plan.prepare import Inputs, prepare
 from gossamer.runtimes.manifest import artifact_files, copy_companions
 from gossamer.tasks.base import Evaluation
 
@@ -106,18 +105,7 @@ def main() -> int:
     """Run the benchmark."""
     arguments = parsed()
     began, settings = time.monotonic(), read_settings(arguments.set)
-    inputs = Inputs(
-        model=arguments.model,
-        task=arguments.task,
-        data=arguments.data,
-        evaluation=arguments.evaluation,
-        task_settings=settings,
-        calibration_rows=arguments.calibration_rows,
-        evaluation_rows=None,
-    )
-    out = arguments.out / arguments.model.name
-    out.mkdir(parents=True, exist_ok=True)
-    contest = Contest(prepare(inputs), settings, arguments.threads, out)
+    contest = make_contest(arguments, arguments.task, settings, None)
     prepared = contest.prepared
     material = Material(
         model=str(arguments.model.resolve()),

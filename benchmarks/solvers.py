@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 
 from gossamer.measure.machine import usable_cores
 from gossamer.models.quantized import QuantSpec
-from gossamer.techniques.blockwise import observe
+from gossamer.techniques.block import observe
 from gossamer.techniques.prune.masks import Pattern, kept, wanda_scores
 from gossamer.techniques.prune.sparsegpt import sparsegpt
 from gossamer.techniques.quantize.awq import Reader, awq_factors, round_clipped, scaled_moments

@@ -237,25 +237,25 @@ def test_memory_decides_how_a_model_is_opened(speaker: Path) -> None:
         weights_budget(source, get_runtime("onnxruntime"), resident_bytes() // 2)
 
 
-FLAT = """
-import sys, torch
+WRITTEN = """
+import sys
 from pathlib import Path
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from gossamer.measure.memory import peak_bytes, release_unused, reset_peak
 from gossamer.models.candidate import Candidate
 from gossamer.models.source import Source
-from gossamer.models.walker import Walker
-from gossamer.runtimes.base import ExportRequest
-from gossamer.runtimes.torch_folder import TorchFolder
 from gossamer.models.structure import map_model
 from gossamer.run.progress import Silent
+from gossamer.runtimes.base import ExportRequest
+from gossamer.runtimes.torch_folder import TorchFolder
 from gossamer.tasks import get_task
 from gossamer.techniques.base import Context
-from gossamer.techniques.quantize.quantize import Quantize
 torch.set_num_threads(1)
 task = get_task("causal-lm")
-for blocks in (4, 4, 16, 64):  # the first time is for what is allocated once
-    folder = Path(sys.argv[1]) / str(blocks)
+
+def written(folder, blocks):
+    \"\"\"Write a model of so many blocks, return its bytes, and begin to count memory anew.\"\"\"
     config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=768, num_hidden_layers=blocks,
                          num_attention_heads=4, tie_word_embeddings=False)
     model = LlamaForCausalLM(config)
@@ -265,6 +265,15 @@ for blocks in (4, 4, 16, 64):  # the first time is for what is allocated once
     release_unused()
     if not reset_peak():
         sys.exit(77)
+    return size
+"""
+
+FLAT = """
+from gossamer.models.walker import Walker
+from gossamer.techniques.quantize.quantize import Quantize
+for blocks in (4, 4, 16, 64):  # the first time is for what is allocated once
+    folder = Path(sys.argv[1]) / str(blocks)
+    size = written(folder, blocks)
     before = peak_bytes()
     source = Source.open(folder)
     candidate = Candidate.streamed(source, source.skeleton(task), source.shards.read, 4 << 20)
@@ -282,25 +291,11 @@ for blocks in (4, 4, 16, 64):  # the first time is for what is allocated once
 """
 
 FLAT_SWEEP = """
-import sys
-import numpy as np, torch
 from contextlib import contextmanager
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-from gossamer.measure.memory import peak_bytes, release_unused, reset_peak
-from gossamer.models.candidate import Candidate
-from gossamer.models.source import Source
-from gossamer.models.structure import map_model
-from gossamer.run.progress import Silent
+import numpy as np
 from gossamer.run.workspace import Run
-from gossamer.runtimes.base import ExportRequest
-from gossamer.runtimes.torch_folder import TorchFolder
-from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context
 from gossamer.techniques.quantize.calibrated import Gptq
-torch.set_num_threads(1)
-task = get_task("causal-lm")
 
 class Stopping(Silent):
     \"\"\"End the sweep after so many blocks.\"\"\"
@@ -328,15 +323,7 @@ def swept(folder, blocks, stop_after):
 
 for turn, blocks in enumerate((4, 4, 16, 64)):  # the first time is for what is allocated once
     folder = Path(sys.argv[1]) / str(turn)
-    config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=768, num_hidden_layers=blocks,
-                         num_attention_heads=4, tie_word_embeddings=False)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    size = sum(p.nbytes for p in model.parameters())
-    del model
-    release_unused()
-    if not reset_peak():
-        sys.exit(77)
+    size = written(folder, blocks)
     before = peak_bytes()
     try:
         swept(folder, blocks, blocks // 2)
@@ -361,7 +348,11 @@ for turn, blocks in enumerate((4, 4, 16, 64)):  # the first time is for what is 
 )
 def test_peak_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path, script: str) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False, timeout=400
+        [sys.executable, "-c", WRITTEN + script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
     )
     if found.returncode == 77:
         pytest.skip("this system does not let a process reset its peak memory")

@@ -31,7 +31,7 @@ from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
 from gossamer.techniques import routing
 from gossamer.techniques.base import Context
-from gossamer.techniques.blockwise import Block
+from gossamer.techniques.block import Block
 from gossamer.techniques.prune.sparsify import Sparsify
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.scaled import Awq, Smooth

@@ -29,12 +29,8 @@ from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import (
-    Block,
-    BlockTechnique,
-    observe,
-    token_error,
-)
+from gossamer.techniques.block import Block, observe, token_error
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.grid import quantize_weight

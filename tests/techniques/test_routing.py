@@ -26,7 +26,8 @@ from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
 from gossamer.techniques import routing
 from gossamer.techniques.base import Context
-from gossamer.techniques.blockwise import BlockTechnique, observe
+from gossamer.techniques.block import observe
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.prune.sparsify import Sparsify
 from gossamer.techniques.quantize.calibrated import Gptq, LearnedRounding
 from gossamer.techniques.quantize.gptq import gptq, output_error

@@ -58,6 +58,7 @@ HERE = Path(__file__).parent
 TINY = runpy.run_path(str(HERE / "tiny_candidates.py"))
 PRETENDED = runpy.run_path(str(HERE / "pretended_gpu.py"))
 opened: Callable[..., Any] = TINY["opened"]
+Told: Callable[[], Any] = TINY["Told"]
 pretended, GPU = PRETENDED["pretended"], PRETENDED["GPU"]
 Placed = Callable[[], AbstractContextManager[torch.device]]
 GRID: dict[str, Any] = {"bits": 3, "group_size": 16, "passes": 0}
@@ -358,21 +359,6 @@ class Stopping(Gptq):
 
     def entry(self) -> dict[str, Any]:
         return Gptq(**GRID).entry()
-
-
-class Told:
-    """Keep what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def stage(self, label: str, total: float | None = None) -> Any:
-        from gossamer.run.progress import Silent
-
-        return Silent().stage(label, total)
 
 
 def test_another_device_goes_on_and_says_so(placed: Placed, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from gossamer.run.workspace import Run
 from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Technique
-from gossamer.techniques.blockwise import Block
+from gossamer.techniques.block import Block
 from gossamer.techniques.prune.sparsify import Sparsify
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.grid import quantize_weight

@@ -21,24 +21,10 @@ from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.moments import Moments
 from gossamer.techniques.sweep_precision import allowed_drift, computing, full_precision
 
+Told: Callable[[], Any] = runpy.run_path(str(Path(__file__).parent / "tiny_candidates.py"))["Told"]
 SWEEPS = runpy.run_path(str(Path(__file__).parent / "test_blockwise.py"))
 opened: Callable[..., tuple[Candidate, ModelMap, Context]] = SWEEPS["opened"]
 same: Callable[[Candidate, Candidate], bool] = SWEEPS["same"]
-
-
-class Told:
-    """Keep what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    def stage(self, label: str, total: float | None = None) -> Any:
-        from gossamer.run.progress import Silent
-
-        return Silent().stage(label, total)
 
 
 @pytest.fixture

@@ -26,6 +26,16 @@ from gossamer.techniques.registry import resolve
 TASK = get_task("causal-lm")
 
 
+class Told(Silent):
+    """Keep what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 def logits(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Return what a model predicts."""
     found = module(**inputs).logits

@@ -29,7 +29,8 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.walker import Call, block_keys
 from gossamer.plan.job import Job, tensors_of
 from gossamer.techniques.base import Decision, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 
 PARTS = 4
 LEAST_ROWS = 4 * PARTS  # of fewer the quarters say nothing

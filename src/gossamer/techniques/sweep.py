@@ -1,6 +1,6 @@
 """The sweep itself: blocks in order, two streams of samples side by side, what is found remembered.
 
-`blockwise.py` tells what it is for, and holds what a technique sees of it.
+`blockwise.py` tells what it is for, `block.py` holds what a technique sees of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gossamer.models.spilled import Lazy, tensors_changed
 from gossamer.models.walker import Call, Output, Stream, Walker, block_keys
 from gossamer.run.device import CPU, in_main_memory, whole_float32
 from gossamer.techniques.base import Context, Decision
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.routing import told
 from gossamer.techniques.sweep_device import memory_errors
 from gossamer.techniques.sweep_gates import (

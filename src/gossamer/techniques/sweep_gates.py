@@ -43,7 +43,7 @@ from gossamer.techniques.quantize.moments import Moments, has_moments, layer_inp
 
 if TYPE_CHECKING:
     from gossamer.run.team import Team
-    from gossamer.techniques.blockwise import Block
+    from gossamer.techniques.block import Block
 
 NUM_GATED = 4  # samples on which the error behind each block is measured
 GATE_SLACK = 1.05  # a solved block may be so much worse than plain rounding, by the noise of few samples

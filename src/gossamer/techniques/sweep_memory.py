@@ -36,7 +36,7 @@ from gossamer.techniques.sweep_samples import fetch, store
 from gossamer.techniques.sweep_shared import Share
 
 if TYPE_CHECKING:
-    from gossamer.techniques.blockwise import Block
+    from gossamer.techniques.block import Block
 
 CODES, TENSORS = "codes.safetensors", ".tensors"
 LIVE, REFERENCE = "live", "reference"

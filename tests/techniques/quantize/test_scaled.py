@@ -15,7 +15,7 @@ from gossamer.errors import RecipeError
 from gossamer.recipe import Recipe, Step
 from gossamer.run.workspace import Run
 from gossamer.techniques.base import Technique
-from gossamer.techniques.blockwise import Block
+from gossamer.techniques.block import Block
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.quantize.scaled import Awq, Smooth

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gossamer.models.roles import Stack
 from gossamer.models.walker import Call, Stream, Walker
-from gossamer.techniques.blockwise import token_error
+from gossamer.techniques.block import token_error
 from gossamer.techniques.quantize.sensitivity import block_sensitivities, last_sensitivities, sensitivities
 
 

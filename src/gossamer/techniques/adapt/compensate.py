@@ -26,7 +26,8 @@ from gossamer.models.quantized import Quantized
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.adapt.layers import ThinLayers
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.quantize.bias import corrected_bias
 from gossamer.techniques.quantize.low_rank import low_rank
 from gossamer.techniques.sweep import Sweep

@@ -19,7 +19,7 @@ from gossamer.models.quantized import rows_of
 from gossamer.models.roles import Dimension, ModelMap
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context
-from gossamer.techniques.blockwise import observe
+from gossamer.techniques.block import observe
 from gossamer.techniques.prune.readers import joint_scores, readers_of, reading, scores_of
 from gossamer.techniques.prune.taylor import taylor_scores
 from gossamer.techniques.prune.units import activation_scores, fisher_scores, magnitude_scores

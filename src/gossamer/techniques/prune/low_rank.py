@@ -31,7 +31,8 @@ from gossamer.models.factors import factored, factored_map
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import Cut, Dimension, LayerInfo, Member, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.quantize.bias import corrected_bias

@@ -15,7 +15,8 @@ import torch
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import CHANGED_BYTES, Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import CHANGED_BYTES, BlockTechnique
 from gossamer.techniques.prune.units import made_up_for, magnitude_scores, obs_order
 from gossamer.techniques.quantize.bias import corrected_bias
 

@@ -28,7 +28,8 @@ from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.importance import forward_of, importance, tensors
 from gossamer.techniques.prune.masking import MIN_SAMPLES, Masking

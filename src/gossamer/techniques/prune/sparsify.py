@@ -17,7 +17,8 @@ from gossamer.errors import RecipeError
 from gossamer.models.quantized import rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import CHANGED_BYTES, Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import CHANGED_BYTES, BlockTechnique
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import (
     PatternText,

@@ -19,7 +19,8 @@ from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.walker import hidden_states
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique, searched
-from gossamer.techniques.blockwise import MAX_TOGETHER, Block, BlockTechnique, token_error
+from gossamer.techniques.block import Block, token_error
+from gossamer.techniques.blockwise import MAX_TOGETHER, BlockTechnique
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.prune.masks import Pattern, PatternText, kept, magnitude_scores, read_pattern
 from gossamer.techniques.prune.sparsegpt import sparsegpt

@@ -23,7 +23,8 @@ from gossamer.models.gguf_blocks import BLOCK, BlockName, format_named
 from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, check_not_rounded, searched
-from gossamer.techniques.blockwise import Block, BlockTechnique
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.gguf_solve import solve
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions

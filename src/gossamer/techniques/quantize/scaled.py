@@ -22,7 +22,8 @@ from gossamer.models.quantized import Quantized, QuantSpec, rows_of
 from gossamer.models.roles import ModelMap
 from gossamer.models.scalings import Scaling, find_scalings, scaled_weights
 from gossamer.techniques.base import Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.blockwise import CHANGED_BYTES, CODE_BYTES, Block, BlockTechnique, moment_bytes
+from gossamer.techniques.block import Block
+from gossamer.techniques.blockwise import CHANGED_BYTES, CODE_BYTES, BlockTechnique, moment_bytes
 from gossamer.techniques.match import layers_matching
 from gossamer.techniques.quantize.awq import (
     CHUNK_ROWS,
