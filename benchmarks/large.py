@@ -1,11 +1,12 @@
 """A model larger than the memory that it may take: rounded to 4 bits beside a plain copy of its files, and by GPTQ.
 
-    python benchmarks/large.py [--params 7B] [--rounds 2] [--gptq 16 512] [--work .demo/large]
+    python benchmarks/large.py [--params 7B] [--rounds 2] [--work .demo/large]
+    python benchmarks/large.py [--params 7B] --rounds 0 --gptq 16 512
 
 The model is Llama-shaped with random weights in bf16 (make_random_llama.py). Copying and rounding take turns, each from
 a disk cache without the files, and each until what it wrote is on the disk. Seconds are of the whole command (start,
 forecast, proof and report included) and of what stands against copying, reading, rounding and writing the weights; the
-peak is that of the largest of its processes.
+peak is that of the largest of its processes. Solving takes an hour and more, and has a section of its own.
 """
 
 from __future__ import annotations
@@ -72,10 +73,9 @@ def copied(model: Path, work: Path) -> Taken:
     return Taken(seconds, seconds, 0)
 
 
-def applied(model: Path, work: Path, recipe: str, memory: str, more: Sequence[str] = ()) -> Taken:
-    """Carry out a recipe as `gossamer apply` does. Raises CalledProcessError."""
-    out, path = work / "out", work / "recipe.yaml"
-    shutil.rmtree(out, ignore_errors=True)
+def applied(model: Path, out: Path, recipe: str, memory: str, more: Sequence[str] = ()) -> Taken:
+    """Carry out a recipe as `gossamer apply` does, going on with what `out` holds. Raises CalledProcessError."""
+    path = out.with_suffix(".yaml")
     path.write_text(recipe, encoding="utf-8")
     forget(model)
     command = [sys.executable, "-m", "gossamer", "apply", str(path), str(model), "--task", "causal-lm"]
@@ -121,6 +121,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path(".demo/large"))
     parser.add_argument("--no-results", action="store_true", help="print the table, leave RESULTS.md as it is")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 and not arguments.gptq:
+        parser.error("--rounds 0 leaves nothing to do without --gptq SAMPLES TOKENS")
     began, work = time.monotonic(), arguments.work
     model = work / arguments.params
     if not (model / "config.json").exists():
@@ -131,28 +133,32 @@ def main() -> int:
     copies, rounded = [], []
     for number in range(arguments.rounds):
         copies.append(copied(model, work))
-        rounded.append(applied(model, work, ROUND, arguments.memory))
+        shutil.rmtree(work / "rounded", ignore_errors=True)
+        rounded.append(applied(model, work / "rounded", ROUND, arguments.memory))
         say(f"{number + 1} of {arguments.rounds}: copied in {copies[-1].whole:.0f} s, {rounded[-1]}")
-    rows = [row_of("cp", copies, copies), row_of("int4 group 64, plain", rounded, copies)]
+    rows = []
+    if copies:
+        rows = [row_of("cp", copies, copies), row_of("int4 group 64, plain", rounded, copies)]
     if arguments.gptq:
         samples, tokens = arguments.gptq
         data = text_rows(work / "rows.jsonl", samples + EVALUATED, tokens)
         more = ["--data", str(data), "--set", f"context={tokens}", "--calibration-rows", str(samples)]
         more += ["--eval-rows", str(EVALUATED)]
-        solved = applied(model, work, SOLVE, arguments.gptq_memory, more)
-        rows.append(row_of(f"int4 group 64, GPTQ, {samples} x {tokens} tokens", [solved], copies))
-    text = (
-        f"{megabytes(size, 0)} MB of bf16 weights, `--memory {arguments.memory}`"
-        + (f" (GPTQ: {arguments.gptq_memory})" if arguments.gptq else "")
-        + ":\n\n"
-        + table(("", "seconds", "of them writing", "as fast as cp", "peak GiB"), rows)
-    )
+        name, out = f"int4 group 64, GPTQ, {samples} x {tokens} tokens", work / f"gptq-{arguments.params}"
+        if (out / "journal.jsonl").exists():
+            name += ", from where a killed run was"
+        solved = applied(model, out, SOLVE, arguments.gptq_memory, more)
+        rows.append(row_of(name, [solved], copies))
+    asked = [f"`--memory {arguments.memory}`"] if copies else []
+    asked += [f"GPTQ: `--memory {arguments.gptq_memory}`"] if arguments.gptq else []
+    headings = ("", "seconds", "of them writing", "as fast as cp", "peak GiB")
+    text = f"{megabytes(size, 0)} MB of bf16 weights, {', '.join(asked)}:\n\n{table(headings, rows)}"
     print(text)
     if not arguments.no_results:
-        write_section(
-            f"large {arguments.params}", f"A model of {arguments.params} read piece by piece", text,
-            threads=usable_cores(), seconds=time.monotonic() - began,
-        )  # fmt: skip
+        part = "" if copies else ", GPTQ"
+        title = f"A model of {arguments.params} read piece by piece{part}"
+        seconds = time.monotonic() - began
+        write_section(f"large {arguments.params}{part}", title, text, threads=usable_cores(), seconds=seconds)
     return 0
 
 
