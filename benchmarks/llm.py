@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,59 @@ with rows of text (jsonl with a `text` column) for --data and --eval:
     python benchmarks/llm.py --model .demo/models/smollm2-135m --data calibration.jsonl --eval test.jsonl"""
 SIZES = (145, 105, 92, 75, 60)  # megabytes of all weights that mixed widths are chosen for
 Windows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Hold what all tools are given: the original and our rows, the windows, and the same in files for the peers."""
+
+    contest: Contest
+    windows: Windows  # held out
+    num_calibration: int
+    inputs: Inputs
+    material: Material
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Ground:
+        """Read model and rows, and write the windows for the peers."""
+        settings = {"context": arguments.context}
+        wish = Prepare(
+            model=arguments.model,
+            task="causal-lm",
+            data=arguments.data,
+            evaluation=arguments.evaluation,
+            task_settings=settings,
+            calibration_rows=arguments.calibration_windows,
+            evaluation_rows=None,
+        )
+        work = (arguments.work / arguments.model.name).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        contest = Contest(prepare(wish), settings, arguments.threads, work)
+        windows = held_out(contest, arguments.context, arguments.max_tokens)
+        calibration = calibration_windows(contest, arguments.context, arguments.calibration_windows)
+        np.save(work / "calibration.npy", calibration)
+        np.savez(work / "evaluation.npz", windows=windows)
+        inputs = Inputs(
+            model=arguments.model.resolve(),
+            fingerprint=contest.prepared.source.fingerprint,
+            calibration=work / "calibration.npy",
+            evaluation=work / "evaluation.npz",
+            envs=arguments.envs.resolve(),
+            work=work,
+            threads=arguments.threads,
+            quick=arguments.quick,
+        )
+        material = Material(
+            model=str(inputs.model),
+            graph=None,
+            inputs="",
+            data=str(arguments.data.resolve()),
+            evaluation=str(arguments.evaluation.resolve()),
+            task=contest.prepared.task.name,
+            task_settings=settings,
+            calibration_rows=arguments.calibration_windows,
+        )
+        return cls(contest, windows, len(calibration), inputs, material)
 
 
 def ours(samples: int, quick: bool) -> list[Gossamer]:
@@ -201,8 +255,8 @@ def versions_of(outcomes: Sequence[Outcome]) -> list[str]:
     return sorted(set(found))
 
 
-def arguments_of() -> argparse.Namespace:
-    """Read the command line."""
+def arguments_of(rounds: bool = False) -> argparse.Namespace:
+    """Read the command line, with a number of rounds where that is asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face model")
     parser.add_argument("--data", type=Path, help="rows to calibrate on")
@@ -216,6 +270,8 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="only rows whose name contains one of these ($: ends)"
     )
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=2, help="how often all rows are made")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=FILE, help="the file whose section is replaced")
     parser.add_argument("--part", default="", help="what these rows are: a section of its own beside the others'")
@@ -237,49 +293,14 @@ def main() -> int:
         print(NO_MODEL)
         return 0
     began = time.monotonic()
-    settings = {"context": arguments.context}
-    wish = Prepare(
-        model=arguments.model,
-        task="causal-lm",
-        data=arguments.data,
-        evaluation=arguments.evaluation,
-        task_settings=settings,
-        calibration_rows=arguments.calibration_windows,
-        evaluation_rows=None,
-    )
-    work = (arguments.work / arguments.model.name).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    contest = Contest(prepare(wish), settings, arguments.threads, work)
-    windows = held_out(contest, arguments.context, arguments.max_tokens)
-    calibration = calibration_windows(contest, arguments.context, arguments.calibration_windows)
-    np.save(work / "calibration.npy", calibration)
-    np.savez(work / "evaluation.npz", windows=windows)
-    inputs = Inputs(
-        model=arguments.model.resolve(),
-        fingerprint=contest.prepared.source.fingerprint,
-        calibration=work / "calibration.npy",
-        evaluation=work / "evaluation.npz",
-        envs=arguments.envs.resolve(),
-        work=work,
-        threads=arguments.threads,
-        quick=arguments.quick,
-    )
+    ground = Ground.of(arguments)
+    contest, windows, inputs = ground.contest, ground.windows, ground.inputs
     outcomes = [outcome for tool in arguments.peers for outcome in run_tool(tool, inputs, arguments.only)]
-    material = Material(
-        model=str(inputs.model),
-        graph=None,
-        inputs="",
-        data=str(arguments.data.resolve()),
-        evaluation=str(arguments.evaluation.resolve()),
-        task=contest.prepared.task.name,
-        task_settings=settings,
-        calibration_rows=arguments.calibration_windows,
-    )
-    own = [peer for peer in ours(len(calibration), arguments.quick) if wanted(peer, arguments.only)]
-    outcomes += [run_ours(contest, peer, material, windows) for peer in own]
+    own = [peer for peer in ours(ground.num_calibration, arguments.quick) if wanted(peer, arguments.only)]
+    outcomes += [run_ours(contest, peer, ground.material, windows) for peer in own]
     shapes = (
         f"{len(windows)} windows of {arguments.context} tokens scored ({windows[:, 1:].size:,} tokens), "
-        f"{len(calibration)} windows to calibrate on. Bounds are over windows."
+        f"{ground.num_calibration} windows to calibrate on. Bounds are over windows."
     )
     text = text_of(outcomes, arguments.model, shapes)
     print(text)
