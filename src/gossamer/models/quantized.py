@@ -31,6 +31,8 @@ from gossamer.models.gguf_blocks import BlockFormat, BlockName
 from gossamer.models.levels import FORMATS, Format, NumberFormat
 from gossamer.models.straight_through import straight_through
 
+_BY_NAME: dict[str, NumberFormat] = {name: form for name, form in FORMATS.items()}  # noqa: C416 (other keys' type)
+
 
 class QuantSpec(BaseModel):
     """Describe a weight grid: `bits` 2 to 8, symmetric or not, one scale per row or per `group_size` inputs.
@@ -83,7 +85,7 @@ class QuantSpec(BaseModel):
     @property
     def number_format(self) -> NumberFormat | None:
         """Return the format of the codes, None for integers."""
-        return next((form for name, form in FORMATS.items() if name == self.format), None)
+        return _BY_NAME.get(self.format)
 
     @property
     def block_format(self) -> BlockFormat | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gossamer.models.quantized import Quantized, rows_of
 
-Move = Callable[[int, Tensor], Tensor]  # (channel, way to the vertex [O]) -> way that is gone [O]
+Move = Callable[[int, Tensor, Tensor], None]  # (channel, way to the vertex [O], which is lost; way that is gone [O])
 
 
 def descend(
@@ -52,16 +52,16 @@ def descend(
     scale_GO = start.scale.t().float().contiguous()
     keep_OI = weight_OI != 0 if keep_OI is None else keep_OI
     keep_IO = None if bool(keep_OI.all()) else keep_OI.t().contiguous()
+    codes_of, scales_of, group_size = codes_IO.unbind(0), scale_GO.unbind(0), start.group_size
 
-    def move(channel: int, way_O: Tensor) -> Tensor:
-        code_O, scale_O = codes_IO[channel], scale_GO[channel // start.group_size]
+    def move(channel: int, way_O: Tensor, moved_O: Tensor) -> None:
+        code_O, scale_O = codes_of[channel], scales_of[channel // group_size]
         step_O = spec.steps(code_O)
-        best_O = spec.nearest(step_O + way_O / scale_O)
+        best_O = spec.nearest(way_O.div_(scale_O).add_(step_O))
         if keep_IO is not None:
             best_O = torch.where(keep_IO[channel], best_O, code_O)
-        moved_O = (spec.steps(best_O) - step_O) * scale_O
-        codes_IO[channel] = best_O
-        return moved_O
+        torch.sub(spec.steps(best_O), step_O, out=moved_O).mul_(scale_O)
+        code_O.copy_(best_O)
 
     change_OI = weight_OI.float() - rows_of(start.dequantize(), start.transposed)
     _walk(change_OI, second_II, move, passes=passes, damping=damping, block=block)
@@ -83,10 +83,9 @@ def descend_values(
     """
     values_IO, keep_IO = start_OI.t().float().contiguous(), (start_OI != 0).t().contiguous()
 
-    def move(channel: int, way_O: Tensor) -> Tensor:
-        moved_O = way_O * keep_IO[channel]
+    def move(channel: int, way_O: Tensor, moved_O: Tensor) -> None:
+        torch.mul(way_O, keep_IO[channel], out=moved_O)
         values_IO[channel] += moved_O
-        return moved_O
 
     _walk(weight_OI.float() - start_OI.float(), second_II, move, passes=passes, damping=damping, block=block)
     return values_IO.t().contiguous()
@@ -102,15 +101,17 @@ def _walk(change_OI: Tensor, second_II: Tensor, move: Move, *, passes: int, damp
     diagonal_I += damping * undamped_I.mean()  # in place, since a copy may be as large as all else; put back below
     try:
         against_IO = damped_II @ change_OI.t()  # one row for each channel: what is done for it is done in one stretch
+        way_O = torch.empty_like(against_IO[0])  # made once: a step is short
         for _ in range(passes):
             for first in range(0, num_inputs, block):
                 here = slice(first, min(first + block, num_inputs))
                 here_bO, inside_bb = against_IO[here].clone(), damped_II[here, here]
                 moved_bO, pivots_b = torch.zeros_like(here_bO), inside_bb.diagonal().tolist()
-                for j, channel in enumerate(range(here.start, here.stop)):
-                    if excited_I[channel]:
-                        moved_bO[j] = move(channel, here_bO[j] / pivots_b[j])
-                        here_bO.addr_(inside_bb[j], moved_bO[j], alpha=-1.0)
+                for j, (against_O, moved_O, inside_b) in enumerate(zip(here_bO, moved_bO, inside_bb, strict=True)):
+                    if excited_I[first + j]:
+                        move(first + j, torch.div(against_O, pivots_b[j], out=way_O), moved_O)
+                        # what lies in front of it in this block is not looked at before the next pass
+                        here_bO[j + 1 :].addr_(inside_b[j + 1 :], moved_O, alpha=-1.0)
                 against_IO.addmm_(damped_II[here].t(), moved_bO, alpha=-1.0)
     finally:
         diagonal_I.copy_(undamped_I)

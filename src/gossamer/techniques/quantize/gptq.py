@@ -91,12 +91,13 @@ def gptq(
     grid = _grids(weight_OI.float(), spec, importance_I.view(-1, group_size), scale, unit)
     scale_GO, zero_GO = (part.t().contiguous() for part in grid)
     codes_IO = torch.empty(num_inputs, num_rows, device=device)
-    taken = channels.tolist()
+    taken, codes_of = channels.tolist(), codes_IO.unbind(0)
+    position_O, present_O = (torch.empty(num_rows, device=device) for _ in range(2))  # made once: a step is short
     for start in range(0, num_inputs, block):
         stop = min(start + block, num_inputs)
         here_bO, factor_bb = rows_IO[start:stop], factor_II[start:stop, start:stop]
         errors_bO, pivots_b = torch.empty_like(here_bO), factor_bb.diagonal().tolist()
-        for j in range(stop - start):
+        for j, (weight_O, error_O, factor_b) in enumerate(zip(here_bO, errors_bO, factor_bb, strict=True)):
             channel = taken[start + j]
             group = channel // group_size
             if order == "none" and spec.group_size and channel % group_size == 0:
@@ -105,14 +106,13 @@ def gptq(
                 fresh = _grids(present_gO.t(), spec, weights_g, scale, unit)
                 scale_GO[group], zero_GO[group] = fresh[0][:, 0], fresh[1][:, 0]
             scale_O, zero_O = scale_GO[group], zero_GO[group]
-            weight_O = here_bO[j]
-            code_O = spec.nearest(weight_O / scale_O, zero_O)
+            code_O = spec.nearest(torch.div(weight_O, scale_O, out=position_O), zero_O)
             if zero_IO is not None:
                 code_O = torch.where(zero_IO[start + j], zero_O, code_O)
-            codes_IO[channel] = code_O
-            error_O = (weight_O - (spec.steps(code_O) - zero_O) * scale_O) / pivots_b[j]
-            here_bO[j + 1 :].addr_(factor_bb[j, j + 1 :], error_O, alpha=-1.0)
-            errors_bO[j] = error_O
+            codes_of[channel].copy_(code_O)
+            torch.sub(spec.steps(code_O), zero_O, out=present_O).mul_(scale_O)
+            torch.sub(weight_O, present_O, out=error_O).div_(pivots_b[j])
+            here_bO[j + 1 :].addr_(factor_b[j + 1 :], error_O, alpha=-1.0)
         rows_IO[stop:].addmm_(factor_II[start:stop, stop:].t(), errors_bO, alpha=-1.0)
     return Quantized(
         codes=codes_IO.to(torch.int8).t().contiguous(),

@@ -3,17 +3,21 @@
     S^-1 = U^T U,        S = second_II + damping * mean(diag second_II) * I
 
 Frantar et al., "GPTQ", 2022, section 3.3. U is the only upper triangle with that product and a positive diagonal, and
-there are two ways to it. In main memory LAPACK factors, inverts and factors again in place, in one copy of the moments:
+there are two ways to it. Large ones in main memory LAPACK factors, inverts and factors again in place, in one copy of
+the moments:
 
     S = L L^T  (dpotrf)          S^-1 from L  (dpotri)          S^-1 = U^T U  (dpotrf)
 
-On a GPU, where torch has no such routine that works in place, the inverse is left out. With all channels in reverse
-order, R = (S reversed) = M M^T, M lower, the inverse of M is a lower triangle too, and reversed again it is U:
+Small ones, and those on a GPU, where torch has no such routine that works in place, go without the inverse. With all
+channels in reverse order, R = (S reversed) = M M^T, M lower, the inverse of M is a lower triangle too, and reversed
+again it is U:
 
     S^-1 = (M^-1 reversed)^T (M^-1 reversed)
 
-One factorisation and one triangular solve, in two copies. Both in float64, so both give U to rounding (1e-12 of its
-largest value where the damping is usual); codes that lie on a border may differ in the last digit of a sum.
+One factorisation and one triangular solve, in two copies. (scipy's LAPACK has threads of its own, which go on spinning
+for a while: the many short steps that follow took twice the time beside them.) Both in float64, so both give U to
+rounding (1e-12 of its largest value where the damping is usual); codes that lie on a border may differ in the last
+digit of a sum.
 
 Shape suffixes: I inputs.
 """
@@ -29,6 +33,7 @@ from torch import Tensor
 from gossamer.errors import TechniqueError
 
 ROWS_AT_A_TIME = 1024
+SMALL = 2048  # channels, whose second copy takes 32 MiB
 
 
 class Degenerate(TechniqueError):
@@ -39,15 +44,15 @@ def inverse_factor(second_II: Tensor, damping: float, name: str = "weight", chan
     """Return the upper Cholesky factor U of the inverse of the damped moments, S^-1 = U^T U, float32 [I, I].
 
     `channels_I` is the order in which the channels are taken (as they stand when None). Memory: one copy of the moments
-    in float64, in which LAPACK factors, inverts and factors again, and in which the result lies; on a GPU two. Raises
-    TechniqueError for moments that are not finite, Degenerate for those that are not positive definite with this
-    damping.
+    in float64, in which LAPACK factors, inverts and factors again, and in which the result lies; two of SMALL ones, and
+    on a GPU. Raises TechniqueError for moments that are not finite, Degenerate for those that are not positive definite
+    with this damping.
     """
     if not bool(torch.isfinite(second_II.sum())) and not bool(torch.isfinite(second_II).all()):
         raise TechniqueError(f"the inputs of {name} are NaN or infinite on calibration rows", "look at these rows")
     num_inputs, device = len(second_II), second_II.device
     order_I = torch.arange(num_inputs, device=device) if channels_I is None else channels_I
-    factored = by_lapack if device.type == "cpu" else by_torch
+    factored = by_lapack if device.type == "cpu" and num_inputs > SMALL else by_torch
     diagonal_I = second_II.diagonal().double()[order_I]
     mean = float(diagonal_I.mean()) or 1.0
     dead_I = (diagonal_I == 0).double() * mean

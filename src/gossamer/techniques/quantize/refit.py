@@ -69,9 +69,10 @@ def _refit_rows(
         steps_RGg = steps_RGg - zero_RG.float().unsqueeze(-1)
     system_RGG = weight_RI.new_empty(num_rows, num_groups, num_groups)
     size = steps_RGg.shape[-1]
-    for group in range(num_groups):
-        seen_RI = steps_RGg[:, group] @ second_II[group * size : (group + 1) * size]
-        system_RGG[:, group] = (seen_RI.view_as(steps_RGg) * steps_RGg).sum(-1)
+    for group in range(num_groups):  # with itself and those behind it: the system is symmetric
+        seen_RI = steps_RGg[:, group] @ second_II[group * size : (group + 1) * size, group * size :]
+        found_RG = (seen_RI.view(num_rows, -1, size) * steps_RGg[:, group:]).sum(-1)
+        system_RGG[:, group, group:] = system_RGG[:, group:, group] = found_RG
     change_RI = weight_RI - (steps_RGg * scale_RG.unsqueeze(-1)).flatten(1)
     slope_RG = ((change_RI @ second_II).view_as(steps_RGg) * steps_RGg).sum(-1).double()
     system_RGG = system_RGG.double()
