@@ -30,9 +30,11 @@ from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Technique
 from gossamer.techniques.followed import attention_pairs, blocks_of, mapped, paired, related
 from gossamer.train.attention import Maps, Relations
-from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
+from gossamer.train.lesson import Lesson, Outcome, Plan, Precision, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
+from gossamer.train.on_policy import OnPolicy, check_writes
 from gossamer.train.projections import fitted
+from gossamer.train.teacher_cache import FEW, CachedLogits, TeacherCache, write
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
@@ -86,6 +88,15 @@ class TrainingTechnique(Technique):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the passes: auto is bf16 where this machine multiplies it faster"
     )
+    teacher: Literal["auto", "beside", "cached"] = Field(
+        "auto",
+        description="run the original beside in every step, or once, its predictions being kept on disk; auto: once, "
+        "where predictions alone are followed and are few (classes, or top_k)",
+    )
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="share of the steps on texts that the candidate writes itself (language models)"
+    )
+    new_tokens: int = Field(64, ge=1, description="most tokens that it writes behind the first half of a row")
     sharding: Literal["none", "fsdp"] = Field(
         "none", description="of several processes: each has all weights, or (fsdp) a part of them and of what they need"
     )
@@ -96,7 +107,12 @@ class TrainingTechnique(Technique):
 
     def model_passes(self, num_samples: int) -> float:
         """Return the passes of all steps, `num_samples` being the rows that there are to learn from."""
-        return PASSES * self.epochs * min(self.rows, num_samples)
+        rows = min(self.rows, num_samples)
+        if self.on_policy:  # a token that is written takes about a pass of its own, of that one token
+            return rows * self.epochs * (PASSES + self.on_policy)
+        if self._follows_predictions_alone and self.teacher != "beside":  # where it is not known yet: it takes less
+            return rows * ((PASSES - 1) * self.epochs + 1)
+        return PASSES * self.epochs * rows
 
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
@@ -115,10 +131,34 @@ class TrainingTechnique(Technique):
                 f"{', '.join(FOLLOWED)} and labels are all 0: nothing is learned", "give one of them a weight"
             )
 
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        """Raise TechniqueError where what is followed cannot be had in the way that is asked for."""
+        if self.on_policy and (self.sharding == "fsdp" or self.teacher == "cached" or not self._follows):
+            other = "sharding: fsdp" if self.sharding == "fsdp" else "teacher: cached"
+            other = other if self._follows else "labels alone"
+            raise TechniqueError(
+                f"{self.name}: on_policy has whole models judge what one of them writes, which {other} does not allow",
+                "leave one of the two out",
+            )
+        if self.teacher == "cached" and not self._follows_predictions_alone:
+            others = [name for name in FOLLOWED if name != "logits" and getattr(self, name)]
+            what = f"{' and '.join(others)} look at the original's layers" if others else "logits are not followed"
+            raise TechniqueError(
+                f"{self.name}: teacher: cached keeps predictions alone, and {what}",
+                "set these to 0 and logits above it, or teacher: beside",
+            )
+
     @property
     def _follows(self) -> bool:
         """Say whether the original is followed in anything."""
         return any(getattr(self, name) for name in FOLLOWED)
+
+    @property
+    def _follows_predictions_alone(self) -> bool:
+        """Say whether the original's predictions are all that is followed."""
+        return [name for name in FOLLOWED if getattr(self, name)] == ["logits"]
 
     def _lesson(self, candidate: Candidate, context: Context) -> Lesson:
         """Return what is learned on which rows: the original is run beside where an objective follows it."""
@@ -149,7 +189,54 @@ class TrainingTechnique(Technique):
                 return task.loss({task.output: outputs}, row)
 
             objectives.append((self.labels, Labels(loss)))
+        if self.on_policy:
+            check_writes(candidate.module, rows, self.name)
+            lesson.on_policy = OnPolicy(self.on_policy, self.new_tokens, context.seed)
+        elif self._follows_predictions_alone and self.teacher != "beside":
+            self._remember_teacher(lesson, rows, context)
         return lesson
+
+    def _remember_teacher(self, lesson: Lesson, rows: Sequence[Batch], context: Context) -> None:
+        """Have the original run once over all rows, and its predictions read from disk instead of running it again."""
+        teacher, team = lesson.teacher, context.team
+        assert teacher is not None
+        teacher.to(context.device)
+        precision = self._precision(context)
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+
+        def predict(inputs: dict[str, Tensor]) -> Tensor:
+            inputs = {name: values.to(context.device) for name, values in inputs.items()}
+            with torch.autocast(context.device.type, dtype, enabled=precision != "fp32"):
+                return lesson.forward(teacher, inputs)
+
+        with torch.no_grad():
+            classes = predict({name: torch.from_numpy(values) for name, values in rows[0].inputs.items()}).shape[-1]
+        if self.teacher == "auto" and self.top_k is None and classes > FEW:
+            teacher.to("cpu")
+            return
+        inputs: dict[str, Any] = {
+            **context.identity, "rows": context.training_print, "most": self.rows, "precision": precision,
+            "top_k": self.top_k, "temperature": self.temperature,
+        }  # fmt: skip
+
+        def build(folder: Path) -> int:
+            write(
+                folder, rows, predict, top_k=self.top_k, temperature=self.temperature, progress=context.progress,
+                label=self.name,
+            )  # fmt: skip
+            return classes
+
+        if context.run is None:
+            kept = TemporaryDirectory(prefix=f"gossamer-{self.name}-teacher-")
+            lesson.kept.append(kept)
+            folder = Path(kept.name)
+            build(folder)
+        else:
+            found = context.run.step("teacher", inputs, build).folder if team.leads else None
+            folder = Path(team.everywhere(None if found is None else str(found)))
+        cached = CachedLogits(TeacherCache(folder, rows), self.divergence, self.temperature)
+        lesson.objectives = [(weight, cached if isinstance(one, Logits) else one) for weight, one in lesson.objectives]
+        lesson.teacher, lesson.teacher_blocks = None, ()
 
     def _hidden(self, lesson: Lesson, context: Context) -> Hidden:
         """Return what follows blocks, with layers that lead to the original's width where the student is narrower."""
@@ -203,21 +290,24 @@ class TrainingTechnique(Technique):
 
     def _plan(self, context: Context) -> Plan:
         """Return how long and how fast."""
-        precision = self.precision
-        if precision == "auto":
-            faster = multiplies_bf16() or context.device.type != "cpu"
-            precision = "bf16" if context.team.everywhere(faster) else "fp32"
         return Plan(
             epochs=self.epochs,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
             memory=context.samples_memory,  # the copies of weights are not in it
             rate=self.rate,
-            precision=precision,
+            precision=self._precision(context),
             sharded=self.sharding == "fsdp",
             seed=context.seed,
             device=context.device,
         )
+
+    def _precision(self, context: Context) -> Precision:
+        """Return what passes compute in, the same in all processes."""
+        if self.precision != "auto":
+            return self.precision
+        faster = multiplies_bf16() or context.device.type != "cpu"
+        return "bf16" if context.team.everywhere(faster) else "fp32"
 
     def _learned(self, candidate: Candidate, context: Context, train: Training) -> tuple[Any, dict[str, Tensor]]:
         """Return what `train(folder of its checkpoints)` found and the values; kept in the run folder, once done.

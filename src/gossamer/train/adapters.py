@@ -4,8 +4,13 @@
     rslora   y = W x + (alpha / sqrt R) U D x      Kalajdzievski, "A Rank Stabilization Scaling Factor", 2023
     dora     y = m (W + (alpha / R) U D) / |W + (alpha / R) U D| x, m and the norm by output: Liu et al., "DoRA", 2024
 
-The first two are thin layers that can stay beside a weight; dora's length is of the sum of both, so that only the sum
-can be kept. Left out: AdaLoRA, IA3, prompts (a recipe says ranks by layer with one step for each).
+    adalora  y = (W + (alpha / R) U diag(e) D) x   Zhang et al., "AdaLoRA", 2023, ranks move between layers (`ranks.py`)
+    ia3      y = l * (W x + b), or W (l * x)       Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning", 2022: lengths
+                                                   of keys, values, and of what a feed-forward layer has inside
+
+The first two are thin layers that can stay beside a weight. dora's length is of the sum of both, adalora's ranks are
+known at the end only, and ia3's lengths are a weight's own: of these only what the weight becomes can be kept. Left
+out: prefixes and prompts, which are tokens that no weight can take in.
 
 Shape suffixes: O outputs, I inputs, R rank.
 """
@@ -19,21 +24,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import IA3Config, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-Kind = Literal["lora", "rslora", "dora"]
+from gossamer.train import ranks
+
+Kind = Literal["lora", "rslora", "dora", "adalora", "ia3"]
+Layer = LoraLayer | IA3Layer
 NAME = "default"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Hold what an adapter became: its thin layers, and what the weight becomes with them (in the weight's shape)."""
+    """Hold what an adapter became: its thin layers, and what the weight becomes with them (in the weight's shape).
 
-    up_OR: Tensor
-    down_RI: Tensor
+    `thin` is (U [O, R], D [R, I]), None of lengths; `merged_bias` is None where a bias stays as it is.
+    """
+
+    thin: tuple[Tensor, Tensor] | None
     merged: Tensor
+    merged_bias: Tensor | None = None
 
 
 @contextmanager
@@ -44,33 +57,31 @@ def adapters(
     rank: int,
     alpha: int,
     kind: Kind = "lora",
+    of_inputs: Sequence[str] = (),
     start: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     seed: int = 0,
-) -> Iterator[Mapping[str, LoraLayer]]:
+) -> Iterator[Mapping[str, Layer]]:
     """Put trainable thin layers beside the named layers of a module while the `with` lasts; yield them by name.
 
     They change nothing at first, or begin as `start` says, (U [O, R], D [R, I]) by name. All other parameters are
-    frozen meanwhile.
+    frozen meanwhile. `of_inputs`: the names whose inputs ia3 gives lengths, instead of their outputs.
     """
     flags = {id(parameter): parameter.requires_grad for parameter in module.parameters()}
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(names),
-        use_rslora=kind == "rslora",
-        use_dora=kind == "dora",
-        bias="none",
-    )
+    settings = _settings(list(names), rank, alpha, kind, list(of_inputs))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, module)
-    found = {name: layer for name in names if isinstance(layer := module.get_submodule(name), LoraLayer)}
+    found: dict[str, Layer] = {
+        name: part for name in names if isinstance(part := module.get_submodule(name), (LoraLayer, IA3Layer))
+    }
     assert len(found) == len(names), "peft left out layers that it was asked for"
     for name, (up_OR, down_RI) in (start or {}).items():
-        up, down = _thin(found[name])
+        begun = found[name]
+        assert isinstance(begun, LoraLayer)
+        up, down = _thin(begun)
         with torch.no_grad():
-            up.copy_(up_OR / found[name].scaling[NAME])
+            up.copy_(up_OR / begun.scaling[NAME])
             down.copy_(down_RI)
     try:
         yield found
@@ -83,17 +94,40 @@ def adapters(
             parameter.requires_grad_(flags[id(parameter)])
 
 
-def read_adapter(layer: LoraLayer) -> Adapter:
+def _settings(names: list[str], rank: int, alpha: int, kind: Kind, of_inputs: list[str]) -> PeftConfig:
+    if kind == "adalora":
+        return ranks.settings(rank, alpha, names)
+    if kind == "ia3":
+        return IA3Config(target_modules=names, feedforward_modules=of_inputs)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=names,
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        bias="none",
+    )
+
+
+def read_adapter(layer: Layer) -> Adapter:
     """Return what an adapter is by now; the layer stays as it is."""
-    base = layer.get_base_layer().get_parameter("weight")
-    before = base.detach().clone()
+    base = layer.get_base_layer()
+    held = {name: part for name in ("weight", "bias") if (part := getattr(base, name, None)) is not None}
+    before = {name: part.detach().clone() for name, part in held.items()}
     layer.merge(safe_merge=True)
-    merged = base.detach().clone()
-    layer.unmerge()
+    merged = {name: part.detach().clone() for name, part in held.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # taking it apart again leaves rounding behind: the values are put back
+        layer.unmerge()
     with torch.no_grad():
-        base.copy_(before)  # taking the sum apart again would leave rounding behind
-    up_OR, down_RI = (weight.detach() for weight in _thin(layer))
-    return Adapter(up_OR * layer.scaling[NAME], down_RI.clone(), merged)
+        for name, part in held.items():
+            part.copy_(before[name])
+    moved = "bias" in held and not torch.equal(merged["bias"], before["bias"])
+    thin = None
+    if isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer):
+        up_OR, down_RI = (weight.detach() for weight in _thin(layer))
+        thin = (up_OR * layer.scaling[NAME], down_RI.clone())
+    return Adapter(thin, merged["weight"], merged["bias"] if moved else None)
 
 
 def _thin(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:

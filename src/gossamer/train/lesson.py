@@ -16,7 +16,8 @@ from gossamer.models.self_attention import outputs_of
 from gossamer.run.device import CPU
 from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
-from gossamer.train.objectives import Objective, Seen
+from gossamer.train.objectives import Labels, Objective, Seen
+from gossamer.train.on_policy import OnPolicy
 from gossamer.train.rows import parts_of
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -57,6 +58,9 @@ class Schedule(Protocol):
     def before_update(self) -> None:
         """Look at the gradients of a whole step, the same in all processes, before the weights move by them."""
 
+    def after_update(self) -> None:
+        """Look at the weights that have moved."""
+
     def settled(self, taken: int, steps: int) -> bool:
         """Say whether the student of the last of the steps taken is what a training may end with."""
 
@@ -78,20 +82,26 @@ class Lesson:
     learned: Sequence[Batch] = ()
     judged: Sequence[Batch] = ()
     schedule: Schedule | None = None
+    on_policy: OnPolicy | None = None
     student_layers: Sequence[str] = ()
     teacher_layers: Sequence[str] = ()
     projections: nn.ModuleList | None = None
+    kept: list[Any] = field(default_factory=list)  # what has to live as long as the lesson
     _hidden: dict[str, list[Tensor]] = field(default_factory=lambda: {"student": [], "teacher": []})
     _layers: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {"student": {}, "teacher": {}})
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the weighted sum of the objectives on a mini-batch, the mean over its rows."""
+    def loss(self, batch: dict[str, Any], *, labelled: bool = True) -> Tensor:
+        """Return the weighted sum of the objectives on a mini-batch, the mean over its rows.
+
+        Not `labelled`: the rows' own labels say nothing (the student wrote the rows), and are left out.
+        """
         parts = parts_of(batch)
+        objectives = [one for one in self.objectives if labelled or not isinstance(one[1], Labels)]
         rows = sum(len(part[1]) for part in parts)
         losses = []
         for inputs, some in parts:
             seen = self._seen(inputs, some)
-            total = torch.stack([weight * objective(seen) for weight, objective in self.objectives]).sum()
+            total = torch.stack([weight * objective(seen) for weight, objective in objectives]).sum()
             losses.append(total * (len(some) / rows))
         return torch.stack(losses).sum()
 

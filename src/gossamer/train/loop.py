@@ -49,6 +49,7 @@ from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
 from gossamer.train.lesson import Lesson, Outcome, Plan, Schedule, rows_of_one
+from gossamer.train.on_policy import OnPolicy
 from gossamer.train.rows import Rows, collate
 from gossamer.train.sharded import ZerosStay, allow, check_same_way, split
 from gossamer.train.weights import Parts, Weights, trainable
@@ -57,6 +58,7 @@ DIVERGED = 10.0  # times what it was: what the loss of a training that went wron
 RECENT = 10
 EVALUATIONS = 4  # an epoch at least
 JUDGED_AT_ONCE = 4  # rows
+MOST_PARTS = 1 << 12  # of a step, and processes: what is drawn has a number of its own in each
 
 
 def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label: str, team: Team = ALONE) -> Outcome:
@@ -245,6 +247,7 @@ class _Trainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.lesson = lesson
+        self.part = (-1, 0)  # of which step, and which of its parts wrote last
         self.model_accepts_loss_kwargs = False
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -271,8 +274,20 @@ class _Trainer(Trainer):
     ) -> Any:
         """Return the lesson's loss."""
         del num_items_in_batch
-        loss = model(inputs, self.lesson.loss)
+        writes = self.lesson.on_policy
+        if writes is not None and torch.is_grad_enabled() and writes.writes(self.state.global_step):
+            loss = model(self._written(writes, inputs["rows"]), partial(self.lesson.loss, labelled=False))
+        else:
+            loss = model(inputs, self.lesson.loss)
         return (loss, {}) if return_outputs else loss
+
+    def _written(self, writes: OnPolicy, rows: Sequence[Batch]) -> dict[str, Any]:
+        """Return rows that the student wrote, where it is; each part of a step and each process has its own."""
+        step = self.state.global_step
+        self.part = (step, self.part[1] + 1 if self.part[0] == step else 0)
+        draw = (step * MOST_PARTS + self.part[1]) * MOST_PARTS + self.args.process_index
+        found: dict[str, Any] = self._prepare_inputs(collate(writes.written(self.lesson.student, rows, draw)))
+        return found
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -302,6 +317,10 @@ class _Scheduled(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Show the gradients."""
         self.schedule.before_update()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the weights that have moved."""
+        self.schedule.after_update()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put judging off."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gossamer.errors import TechniqueError
+from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.adapters import adapters_of
 from gossamer.models.candidate import Candidate
 from gossamer.run.workspace import Run
@@ -54,7 +54,7 @@ def test_it_goes_on_from_what_compensate_left() -> None:
         made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "merge": True})])
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 def test_merged_into_floats_nothing_stands_beside(kind: str) -> None:
     cut = ("sparsify", {"sparsity": 0.5})
     before = made([cut])
@@ -88,9 +88,50 @@ def test_a_run_that_is_there_gives_the_same_bytes(tmp_path: Path) -> None:
     assert all(torch.equal(found[1][name], values) for name, values in found[0].items())
 
 
-def test_dora_cannot_stand_beside() -> None:
-    with pytest.raises(TechniqueError, match="dora changes the lengths"):
-        made([ROUNDED, ("lora", {**SHORT, "kind": "dora"})])
+@pytest.mark.parametrize("kind", ["dora", "adalora", "ia3"])
+def test_some_kinds_cannot_stand_beside(kind: str) -> None:
+    with pytest.raises(TechniqueError, match=f"{kind} .*") as raised:
+        made([ROUNDED, ("lora", {**SHORT, "kind": kind})])
+    assert "merge: true" in raised.value.hint
+
+
+def test_lengths_of_keys_values_and_inner_channels_end_in_weights_and_biases() -> None:
+    cut = ("sparsify", {"sparsity": 0.5, "targets": ["down"]})
+    settings = {**SHORT, "kind": "ia3", "merge": True, "rate": 3e-2}
+    before, found = made([cut]), made([cut, ("lora", settings)])
+    assert distance(found) < distance(before)
+    changed = {n for n, p in found.module.named_parameters() if not torch.equal(p, before.module.get_parameter(n))}
+    scaled = {name.rsplit(".", 2)[1] for name in changed}
+    assert scaled <= {"k_proj", "v_proj", "down_proj"}
+    assert "down_proj" in scaled
+    for name in changed:
+        was, now = (one.module.get_parameter(name) for one in (before, found))
+        length = (now / was).nanmedian(1 if "down" not in name else 0, keepdim=True).values
+        torch.testing.assert_close(was * length, now)
+
+
+def test_lengths_of_a_layer_with_a_bias_are_its_bias_s_too() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    inputs = torch.randn(5, 4)
+    with adapters(network, ["0", "1"], rank=1, alpha=1, kind="ia3", of_inputs=["1"]) as layers:
+        for layer in layers.values():
+            assert isinstance(layer, torch.nn.Module)
+            layer.get_parameter("ia3_l.default").data.uniform_(0.5, 2)
+        wanted, found = network(inputs), {name: read_adapter(layer) for name, layer in layers.items()}
+        torch.testing.assert_close(network(inputs), wanted, rtol=0, atol=0)  # reading changed nothing
+    assert found["0"].merged_bias is not None
+    assert found["1"].merged_bias is None
+    with torch.no_grad():
+        for name, adapter in found.items():
+            network.get_parameter(f"{name}.weight").copy_(adapter.merged)
+        network.get_parameter("0.bias").copy_(found["0"].merged_bias)
+    torch.testing.assert_close(network(inputs), wanted)
+
+
+def test_lengths_want_keys_values_or_inner_channels() -> None:
+    with pytest.raises(RecipeError, match="none of them makes keys or values"):
+        made([("lora", {**SHORT, "kind": "ia3", "merge": True, "targets": ["q"]})])
 
 
 def test_thin_layers_read_as_peft_merges_them() -> None:
@@ -109,7 +150,8 @@ def test_thin_layers_read_as_peft_merges_them() -> None:
         layer.lora_B["default"].weight.copy_(up / layer.scaling["default"])
     merged = peers.merge_and_unload().get_submodule(name).weight
     torch.testing.assert_close(found.merged, merged)
-    torch.testing.assert_close(found.up_OR @ found.down_RI, up @ down)
+    assert found.thin is not None
+    torch.testing.assert_close(found.thin[0] @ found.thin[1], up @ down)
     assert {n: p.requires_grad for n, p in ours.named_parameters()} == flags
     assert torch.equal(ours.get_submodule(name).weight, llama(tied=False).get_submodule(name).weight)
     assert not hasattr(ours, "peft_config")

@@ -213,3 +213,76 @@ def test_labels_alone_teach_the_rows_own_tokens() -> None:
     context = dataclasses.replace(context, training=lambda: rows(20) * 8)  # what is held back is learned too
     before = loss(candidate.module)
     assert loss(Distill.model_validate(settings).apply(candidate, model, context).module) < before - 0.1
+
+
+ALONE = {**SHORT, "hidden": 0}  # predictions alone are followed
+
+
+def test_a_teacher_that_ran_once_teaches_what_it_teaches_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, passes = {}, {}
+    for teacher in ("beside", "cached"):
+        candidate, model, context = pruned()
+        original = type(candidate.source).original
+        counted: list[int] = []
+
+        def counting(self: Any, task: Any, original: Any = original, counted: list[int] = counted) -> Any:
+            module = original(self, task)
+            module.register_forward_pre_hook(lambda *_: counted.append(1))
+            return module
+
+        with monkeypatch.context() as patch, Run(tmp_path / teacher, {"verb": "test"}) as run:
+            patch.setattr(type(candidate.source), "original", counting)
+            context = dataclasses.replace(context, run=run, identity={"model": "tiny"})
+            found[teacher] = Distill.model_validate({**ALONE, "teacher": teacher}).apply(candidate, model, context)
+        passes[teacher] = len(counted)
+    assert passes["cached"] < passes["beside"] / 4, passes
+    for name, values in found["cached"].module.named_parameters():
+        torch.testing.assert_close(values, found["beside"].module.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_teacher_said_serves_other_trainings_of_the_run(tmp_path: Path) -> None:
+    for rate in (5e-4, 1e-4):
+        with Run(tmp_path / "run", {"verb": "test"}) as run:
+            candidate, model, context = pruned(run=run, identity={"model": "tiny"})
+            Distill.model_validate({**ALONE, "rate": rate, "epochs": 1}).apply(candidate, model, context)
+            events = [entry["event"] for entry in run.journal() if entry.get("kind") == "teacher"]
+    assert events == ["started", "finished", "reused"]
+
+
+def test_layers_of_a_teacher_are_not_kept() -> None:
+    candidate, model, context = pruned()
+    with pytest.raises(TechniqueError, match="hidden look at the original's layers"):
+        Distill.model_validate({**SHORT, "teacher": "cached"}).apply(candidate, model, context)
+
+
+def test_a_student_learns_from_what_it_writes_and_goes_on_the_same_when_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SHORT, "on_policy": 0.5, "new_tokens": 8}
+    ends = []
+    for name, killed in (("whole", False), ("killed", True)):
+        if killed:
+            with monkeypatch.context() as patch, Run(tmp_path / name, {"verb": "test"}) as run:
+                reached = stop_at_step(patch, 30)
+                candidate, model, context = pruned(run=run, identity={"model": "tiny"})
+                with pytest.raises(KeyboardInterrupt):
+                    Distill.model_validate(settings).apply(candidate, model, context)
+                assert reached
+        with Run(tmp_path / name, {"verb": "test"}) as run:
+            candidate, model, context = pruned(run=run, identity={"model": "tiny"})
+            before = distance(candidate)
+            Distill.model_validate(settings).apply(candidate, model, context)
+        assert distance(candidate) < before
+        ends.append({name: values.detach().clone() for name, values in candidate.module.named_parameters()})
+    assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"hidden": 0, "teacher": "cached"}, "teacher: cached"), ({"sharding": "fsdp"}, "fsdp")]
+)
+def test_whole_models_judge_what_is_written(settings: dict[str, Any], said: str) -> None:
+    candidate, model, context = pruned()
+    with pytest.raises(TechniqueError, match=said):
+        Distill.model_validate({**SHORT, "on_policy": 0.5, **settings}).apply(candidate, model, context)

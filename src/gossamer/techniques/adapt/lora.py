@@ -1,7 +1,8 @@
 """The technique `lora`: thin layers are trained beside weights that stand still, then kept there or added to them.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; over rounded weights, Dettmers et al., "QLoRA",
-2023. The thin layers are `peft`'s while they are trained. They begin at nothing, or where `compensate` left them.
+2023. The thin layers are `peft`'s while they are trained (kinds: `train/adapters.py`). They begin at nothing, or where
+`compensate` left them.
 
     keep     they stay beside the weight: an adapter that `peft` reads beside a Hugging Face folder, two more products
              in a graph. 16 R (O + I) bits.
@@ -16,6 +17,7 @@ Shape suffixes: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,18 +28,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.errors import TechniqueError
+from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.adapters import adapted_map, put_adapter, taken_out
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import Quantized
-from gossamer.models.roles import ModelMap
+from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.recipe import Step
 from gossamer.techniques.adapt.layers import ThinLayers
-from gossamer.techniques.base import Context, Needs, SearchSpace, Technique
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.prune.masks import has_masks
-from gossamer.techniques.training import TrainingTechnique
+from gossamer.techniques.training import FLOAT_BYTES, TrainingTechnique
+from gossamer.train.lesson import Lesson
+from gossamer.train.objectives import Objective
 
+RANKS_BYTES = 1.5 * 1.5  # of adalora, beside lora's: more ranks at the beginning, two averages of each number
 PROJECTIONS = "projections."  # before their names among what was learned
+KEPT = ("lora", "rslora")  # kinds that can stay beside a weight
+SCALED = {"k": False, "v": False, "down": True}  # roles of layers that ia3 gives lengths, True: to their inputs
+
+
+_WHY_MERGED = {
+    "dora": "changes the lengths of a weight's rows, which no thin layer beside it can",
+    "adalora": "finds the rank of each layer while it trains, and files are planned before",
+    "ia3": "has no thin layers: its lengths are the weight's own",
+}
 
 
 class Lora(ThinLayers, TrainingTechnique):
@@ -58,47 +72,73 @@ class Lora(ThinLayers, TrainingTechnique):
     )
 
     alpha: int = Field(32, ge=1, description="the change is scaled by alpha / rank")
-    kind: Literal["lora", "rslora", "dora"] = Field(
-        "lora", description="lora, with alpha / sqrt rank (rslora), or with trained lengths of outputs (dora)"
+    kind: Literal["lora", "rslora", "dora", "adalora", "ia3"] = Field(
+        "lora",
+        description="lora; rslora: with alpha / sqrt rank; dora: with trained lengths of outputs; adalora: ranks that "
+        "go where they do most, `rank` in the mean; ia3: lengths of keys, values and inner channels alone",
     )
     merge: bool = Field(False, description="add the change to the weights at the end, instead of keeping it beside")
     rate: float = Field(2e-4, gt=0, lt=0.1, description="the highest learning rate; it falls along half a cosine")
+
+    def chosen(self, model: ModelMap) -> list[LayerInfo]:
+        """Return the layers that get thin ones, or lengths."""
+        found = super().chosen(model)
+        if self.kind != "ia3":
+            return found
+        scaled = [layer for layer in found if layer.role in SCALED]
+        if not scaled:
+            raise RecipeError(
+                f"lora matches {len(found)} layers, and none of them makes keys or values or reads a feed-forward "
+                "layer's inner channels: ia3 has nothing to scale",
+                "loosen `targets`, or choose another kind",
+            )
+        return scaled
+
+    def resolve(self, model: ModelMap) -> list[Decision]:
+        """Return nothing: what weights hold is other steps' matter. Raises RecipeError as `ThinLayers.resolve`."""
+        if self.kind != "ia3":
+            return super().resolve(model)
+        self.chosen(model)
+        return []
 
     def after(self, model: ModelMap) -> ModelMap:
         """Return the map of the model with the thin layers, or without any where they are merged."""
         return adapted_map(model, {layer.name: 0 if self.merge else self.rank for layer in self.chosen(model)})
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
-        """Return the bytes of the original, and of the thin layers with gradients and two moments."""
-        return 4 * (model.num_parameters + 4 * self.rank * sum(sum(layer.shape) for layer in self.chosen(model)))
+        """Return the bytes of the original, and of what is trained with gradients and two moments."""
+        sides = sum(sum(layer.shape) for layer in self.chosen(model))
+        trained = {"ia3": 1, "adalora": RANKS_BYTES * self.rank}.get(self.kind, self.rank) * sides
+        return FLOAT_BYTES * (model.num_parameters + 4 * math.ceil(trained))
 
     def label(self) -> str:
         """Return kind and rank: `lora rank 16`."""
-        return f"{self.kind} rank {self.rank}{', merged' if self.merge else ''}"
+        rank = "" if self.kind == "ia3" else f" rank {self.rank}"
+        return f"{self.kind}{rank}{', merged' if self.merge else ''}"
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate after training, or as it was where rows held back say that it is not better."""
         self._check(candidate, context)
-        names = [layer.name for layer in self.chosen(model)]
+        layers = self.chosen(model)
+        names = [layer.name for layer in layers]
         begun = self._begun(candidate, names)
-        found, values = self._learned(candidate, context, partial(self._trained, candidate, context, names, begun))
+        found, values = self._learned(candidate, context, partial(self._trained, candidate, context, layers, begun))
         if not self.merge:
             for name in names:
                 put_adapter(candidate.module, name, values[f"{name}.up"], values[f"{name}.down"])
         elif found["kept"]:
-            weights = {f"{name}.weight": values[f"{name}.merged"] for name in names}
-            leads = {
-                name.removeprefix(PROJECTIONS): value for name, value in values.items() if name.startswith(PROJECTIONS)
-            }
-            self._merge(candidate, model, context, weights, leads, found)
+            leads = {name: value for name, value in values.items() if name.startswith(PROJECTIONS)}
+            merged = {name: value for name, value in values.items() if name not in leads}
+            leads = {name.removeprefix(PROJECTIONS): value for name, value in leads.items()}
+            self._merge(candidate, model, context, merged, leads, found)
         candidate.applied.append(self.entry())
         return candidate
 
     def _check(self, candidate: Candidate, context: Context) -> None:
         super()._check(candidate, context)
-        if self.kind == "dora" and not self.merge:
+        if self.kind not in KEPT and not self.merge:
             raise TechniqueError(
-                "dora changes the lengths of a weight's rows, which no thin layer beside it can",
+                f"{self.kind} {_WHY_MERGED[self.kind]}",
                 "set merge: true, or kind: lora",
             )
 
@@ -111,7 +151,7 @@ class Lora(ThinLayers, TrainingTechnique):
                 "leave compensate out, or set merge: false",
             )
         ranks = {down_RI.shape[0] for _, down_RI in begun.values()}
-        if begun and (set(begun) != set(names) or ranks != {self.rank} or self.kind == "dora"):
+        if begun and (set(begun) != set(names) or ranks != {self.rank} or self.kind not in KEPT):
             raise TechniqueError(
                 f"compensate left layers of rank {max(ranks)} beside {len(begun)} weights, and this step trains "
                 f"{self.kind} of rank {self.rank} beside {len(names)}",
@@ -123,19 +163,27 @@ class Lora(ThinLayers, TrainingTechnique):
         self,
         candidate: Candidate,
         context: Context,
-        names: Sequence[str],
+        chosen: Sequence[LayerInfo],
         begun: Mapping[str, tuple[Tensor, Tensor]],
         checkpoints: Path,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Train, leave the candidate without thin layers, and return what came of it: the loss, and the values."""
+        """Train, leave the candidate without thin layers, and return what came of it: the loss, and the values.
+
+        Values are what weights and biases become, by their names, where they are merged; else the thin layers.
+        """
         from gossamer.train.adapters import adapters, read_adapter  # peft takes seconds to import
         from gossamer.train.loop import train
 
         lesson = self._lesson(candidate, context)
+        names = [layer.name for layer in chosen]
+        of_inputs = [layer.name for layer in chosen if SCALED.get(layer.role)]
         put = adapters(
-            candidate.module, names, rank=self.rank, alpha=self.alpha, kind=self.kind, start=begun, seed=context.seed
-        )
+            candidate.module, names, rank=self.rank, alpha=self.alpha, kind=self.kind, of_inputs=of_inputs,
+            start=begun, seed=context.seed,
+        )  # fmt: skip
         with put as layers:
+            if self.kind == "adalora":
+                lesson = _with_moving_ranks(lesson, layers, self.rank, self.alpha)
             only = frozenset(name for name, part in candidate.module.named_parameters() if part.requires_grad)
             plan = replace(self._plan(context), only=only)
             outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
@@ -143,9 +191,12 @@ class Lora(ThinLayers, TrainingTechnique):
             for name, layer in layers.items():
                 adapter = read_adapter(layer)
                 if self.merge:
-                    values[f"{name}.merged"] = adapter.merged
+                    values[f"{name}.weight"] = adapter.merged
+                    if adapter.merged_bias is not None:
+                        values[f"{name}.bias"] = adapter.merged_bias
                 else:
-                    values |= {f"{name}.up": adapter.up_OR, f"{name}.down": adapter.down_RI}
+                    assert adapter.thin is not None
+                    values |= {f"{name}.up": adapter.thin[0], f"{name}.down": adapter.thin[1]}
         if self.merge and lesson.projections is not None:  # what is merged is judged by the same
             values |= {PROJECTIONS + name: value.detach() for name, value in lesson.projections.state_dict().items()}
         return self._told(outcome, lesson, context, otherwise="nothing is changed"), values
@@ -159,11 +210,13 @@ class Lora(ThinLayers, TrainingTechnique):
         leads: Mapping[str, Tensor],
         found: Mapping[str, Any],
     ) -> None:
-        """Put other weights in place: zero where masks were, rounded again where there were codes."""
+        """Put other weights and biases in place: zero where masks were, rounded again where there were codes."""
         codes = {name: candidate.quantized[name] for name in values if name in candidate.quantized}
+        plain = {name: candidate.values(name).clone() for name in values if name not in codes}
         masked = has_masks(candidate.applied)
         for name, merged in values.items():
-            now = torch.where(candidate.values(name) == 0, 0.0, merged) if masked else merged
+            holes = masked and merged.ndim > 1
+            now = torch.where(candidate.values(name) == 0, 0.0, merged) if holes else merged
             if name in codes:
                 candidate.unset_quantized(name, now)
             else:
@@ -183,6 +236,8 @@ class Lora(ThinLayers, TrainingTechnique):
         if stays:
             for name, before in codes.items():
                 candidate.set_quantized(name, before)
+            for name, value in plain.items():
+                candidate.put_weight(name, partial(_itself, value))
 
     def _loss(self, candidate: Candidate, context: Context, leads: Mapping[str, Tensor]) -> float:
         """Return the loss on the rows held back, `leads` being the values of projections that were trained with."""
@@ -197,6 +252,15 @@ class Lora(ThinLayers, TrainingTechnique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: it is carried out where a recipe asks for it."""
         yield from ()
+
+
+def _with_moving_ranks(lesson: Lesson, layers: Mapping[str, Any], rank: int, alpha: int) -> Lesson:
+    """Return a lesson in which ranks go from layer to layer."""
+    from gossamer.train import ranks  # peft takes seconds to import
+
+    moving = ranks.MovingRanks(layers, ranks.settings(rank, alpha, list(layers)))
+    orthogonal: Objective = ranks.Orthogonal(moving.layers)
+    return replace(lesson, schedule=moving, objectives=[*lesson.objectives, (ranks.ORTHOGONAL, orthogonal)])
 
 
 def _itself(values: Tensor) -> Tensor:

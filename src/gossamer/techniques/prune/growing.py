@@ -110,6 +110,9 @@ class GrowingMasks:
                     mask.score -= moved
                 weight.grad *= mask.stays
 
+    def after_update(self) -> None:
+        """Leave the weights: masks stand in front of them."""
+
     def settled(self, taken: int, steps: int) -> bool:
         """Say whether the last of the steps taken had the masks whole."""
         return taken > self.growth.steps(steps)[1]
