@@ -55,7 +55,8 @@ def check_fits(job: Job, steps: Sequence[Technique]) -> None:
     for step in steps:
         if isinstance(step, BlockTechnique):
             # of each sample what is in front of a block, and behind
-            together = 2 * min(step.samples, len(job.calibration)) * _sample_bytes(job)
+            count = step.num_samples(job.calibration, step.resolve(job.model))
+            together = 2 * count * _sample_bytes(job)
             if together > limit - needs[step.label()]:
                 check_space(job.run.folder, together)
                 job.progress.say(f"samples of {step.name} lie in {job.run.folder}: {readable_bytes(together)}")

@@ -200,7 +200,7 @@ class Forecaster:
     def _add_sweep(self, step: BlockTechnique, applied: Sequence[Any], costs: _Costs, own: float) -> None:
         """Add what one sweep over the blocks takes; where this run has its codes, they are only read."""
         job, rates = self.job, self.rates
-        count = min(step.samples, len(job.calibration))
+        count = step.num_samples(job.calibration, self.resolved(step))
         if not count or self._is_swept(step, applied):
             return
         values = count * values_of(job.calibration) / len(job.calibration)
@@ -256,7 +256,7 @@ class Forecaster:
         for step in steps:
             if isinstance(step, BlockTechnique):
                 codes += sum(_codes_bytes(decision) for decision in self.resolved(step) if decision.weight is not None)
-                count = min(step.samples, len(job.calibration))
+                count = step.num_samples(job.calibration, self.resolved(step))
                 values = count * values_of(job.calibration) / max(1, len(job.calibration))
                 # live and reference; those behind the last block are kept until those behind the next one are
                 streams = max(streams, 2 * (1 + min(1.0, NUM_GATED / max(1, count))) * values * rates.block_bytes)

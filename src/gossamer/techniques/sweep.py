@@ -72,7 +72,7 @@ class Sweep:
         used = {stack for stack, _ in self.place.values()}
         self.stacks = [stack for stack in model.stacks if stack.name in used]
         batches = context.calibration
-        count = min(technique.samples, len(batches))
+        count = technique.num_samples(batches, decisions)
         if count < technique.rows_needed():
             raise TechniqueError(
                 f"{technique.name} needs {technique.rows_needed()} calibration samples, {count} were given",

@@ -285,3 +285,24 @@ def test_no_recipe_rounds_a_parameter_twice() -> None:
     assert not any(rounds_twice(steps, here.model) for steps in found)
     both = resolve(Recipe(steps=(Step(technique="quantize", settings={}), Step(technique="gptq", settings=GRID))))
     assert "model.layers.0.self_attn.q_proj.weight" in rounds_twice(both, here.model)
+
+
+@pytest.mark.parametrize(
+    ("step", "tokens", "given", "used"),
+    [
+        (Gptq(bits=4), 12, 128, 40),  # ten tokens for each of 48 inputs
+        (Gptq(bits=4), 64, 128, 32),
+        (Gptq(bits=4), 2, 128, 64),
+        (Gptq(bits=4), 64, 20, 20),
+        (Gptq(bits=4, samples=100), 64, 128, 100),
+        (LearnedRounding(bits=4), 64, 128, 64),
+    ],
+    ids=["enough", "fewest", "most", "all", "as asked", "outputs"],
+)
+def test_as_many_samples_as_the_widest_layer_wants(step: Gptq, tokens: int, given: int, used: int) -> None:
+    batches = [Batch({"input_ids": np.ones((1, tokens), np.int64)}, np.array([0])) for _ in range(given)]
+    model = opened(llama())[1]
+    step = step.model_copy(update={"group_size": 16})
+    assert step.num_samples(batches, step.resolve(model)) == used
+    pictures = [Batch({"pixel_values": np.ones((1, 3, 8, 8), np.float32)}, np.array([0])) for _ in range(given)]
+    assert step.num_samples(pictures, step.resolve(model)) == min(given, step.samples or 64)

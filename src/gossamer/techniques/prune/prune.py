@@ -29,7 +29,7 @@ from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.block import Block
-from gossamer.techniques.blockwise import BlockTechnique
+from gossamer.techniques.blockwise import MOST_SAMPLES, BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
 from gossamer.techniques.prune.importance import forward_of, importance, tensors
 from gossamer.techniques.prune.masking import MIN_SAMPLES, Masking
@@ -215,7 +215,7 @@ class Prune(BlockTechnique):
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand."""
         if self.what in ("layers", "width"):
-            samples = self.samples * sample_bytes
+            samples = (self.samples or MOST_SAMPLES) * sample_bytes
             if self.what == "width":  # the model as it was, and what passes both
                 samples = 4 * model.num_parameters + 4 * samples
             return Technique.working_bytes(self, model, num_samples, sample_bytes) + samples
@@ -311,7 +311,7 @@ class Prune(BlockTechnique):
             chosen=dict(chosen),
             refit=self.refit,
             damping=self.damping,
-            samples=self.samples,
+            samples=self.samples or MOST_SAMPLES,
             calibration_dtype=self.calibration_dtype,
         )
 
@@ -338,7 +338,7 @@ class Prune(BlockTechnique):
         return importance(candidate, model, sizes, self._batches(context), context, by=self._by, damping=self.damping)
 
     def _batches(self, context: Context) -> list[Batch]:
-        count = min(self.samples, len(context.calibration))
+        count = min(self.samples or MOST_SAMPLES, len(context.calibration))
         if count < self.rows_needed():
             raise TechniqueError(
                 f"{self.label()} needs {self.rows_needed()} calibration samples, {count} were given",
