@@ -20,6 +20,7 @@ from llm import NO_MODEL, Ground, arguments_of, ours
 from peer_scripts import run_tool
 from results import table, write_section
 
+TAKEN = ", of which a gossamer recipe takes as many as its `samples` says (docs/guides/recipes.md), the others all"
 HEADINGS = ("", "seconds, round by round", "of the first row's, in each round", "median")
 
 
@@ -55,7 +56,8 @@ def main() -> int:
         row = [label, " and ".join(f"{value:.0f}" for value in values)]
         row += [" and ".join(f"{share:.2f}" for share in shares), f"{statistics.median(shares):.2f}"]
         rows.append(row)
-    text = f"{ground.num_calibration} windows of {arguments.context} tokens to calibrate on.\n\n{table(HEADINGS, rows)}"
+    given = f"{ground.num_calibration} windows of {arguments.context} tokens to calibrate on{TAKEN}."
+    text = f"{given}\n\n{table(HEADINGS, rows)}"
     print(text)
     if not arguments.no_results:
         key = f"llm times {arguments.model.name} {arguments.context}"

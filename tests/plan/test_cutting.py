@@ -197,6 +197,7 @@ def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:
     assert change_of_blocks([table], model, fewer, [])[0] == -3.0
 
 
+@pytest.mark.slow
 def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     goal = parse_goal("params <= 70%")
     tables, _ = make_tables(graph_job, goal)

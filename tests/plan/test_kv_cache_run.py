@@ -29,7 +29,9 @@ def inputs_of(speaker: Path, runtime: str = "torch") -> Inputs:
 
 
 @pytest.mark.timeout(300)  # four processes are started, one after another
-@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize(
+    "pieces", [pytest.param(False, id="whole"), pytest.param(True, id="pieces", marks=pytest.mark.slow)]
+)
 def test_the_files_are_judged_with_the_caches_that_they_ask_for(
     speaker: Path, tmp_path: Path, request: pytest.FixtureRequest, pieces: bool
 ) -> None:

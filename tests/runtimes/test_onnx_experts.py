@@ -66,7 +66,9 @@ def operators(graph: ir.Model) -> list[str]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "gpt_oss"))]
+)
 def test_the_file_computes_what_memory_computes(family: str, tmp_path: Path) -> None:
     candidate, model = opened(family, tmp_path / "model")
     blocks = len(model.experts)

@@ -101,6 +101,7 @@ def test_two_processes_give_the_bytes_of_one_also_when_one_dies_on_the_way(tmp_p
     assert len(done) == len(set(done))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_tell_what_each_expert_saw_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "TOKENS_PER_INPUT", routing.TOKENS_PER_INPUT)  # the script sets another here too

@@ -52,6 +52,7 @@ for hidden, wide in ((64, 128), (384, 1024)):
         step.apply(candidate, model, context)
         print(step.working_bytes(model, len(batches), sample), peak_bytes() - before)
 """
+SOON = ("gptq", "learned", "awq")  # the others take as long, and are measured in `make test-all`
 STEPS = {
     "gptq": "Gptq(group_size=64)",
     "learned": "LearnedRounding(group_size=64, steps=2, start='nearest')",
@@ -65,7 +66,10 @@ STEPS = {
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(step, id=name, marks=() if name in SOON else pytest.mark.slow) for name, step in STEPS.items()],
+)
 def test_a_step_takes_no_more_memory_than_it_says(step: str, tmp_path: Path) -> None:
     # what is freed is handed back at once, as it is of matrices that are large
     given = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}

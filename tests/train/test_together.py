@@ -48,12 +48,22 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
 @pytest.mark.parametrize(
     "recipe",
     [
-        [PRUNED, ["distill", {**SHORT, "rate": 5e-4}]],
-        [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
-        [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
-        [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
+        pytest.param([PRUNED, ["distill", {**SHORT, "rate": 5e-4}]], id="distill"),
+        pytest.param(
+            [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
+            id="narrower",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [ROUNDED, ["qat", SHORT], ["lora", {**SHORT, "rank": 4, "merge": True}]],
+            id="qat and lora",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
+            id="split",
+        ),
     ],
-    ids=["distill", "narrower", "qat and lora", "split"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
     (alone,) = trained(tmp_path / "alone", recipe, 1)
@@ -68,7 +78,7 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("by", ["magnitude", "movement"])
+@pytest.mark.parametrize("by", [pytest.param("magnitude", marks=pytest.mark.slow), "movement"])
 def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) -> None:
     recipe = [["gradual", {**SHORT, "epochs": 2, "rate": 5e-4, "sparsity": 0.6, "by": by}]]
     (alone,) = trained(tmp_path / "alone", recipe, 1)
@@ -84,8 +94,11 @@ def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("processes", "others", "settings"),
-    [(2, 1, SHORT), (1, 2, SHORT), (2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4})],
-    ids=["fewer", "more", "split anew"],
+    [
+        pytest.param(2, 1, SHORT, id="fewer", marks=pytest.mark.slow),
+        pytest.param(1, 2, SHORT, id="more"),
+        pytest.param(2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4}, id="split anew", marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_goes_on_in_another_number_of_processes(
     tmp_path: Path, processes: int, others: int, settings: dict[str, Any]

@@ -260,12 +260,12 @@ def test_layers_of_a_teacher_are_not_kept() -> None:
 def test_a_student_learns_from_what_it_writes_and_goes_on_the_same_when_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**SHORT, "on_policy": 0.5, "new_tokens": 8}
+    settings = {**SHORT, "epochs": 2, "on_policy": 0.5, "new_tokens": 4}
     ends = []
     for name, killed in (("whole", False), ("killed", True)):
         if killed:
             with monkeypatch.context() as patch, Run(tmp_path / name, {"verb": "test"}) as run:
-                reached = stop_at_step(patch, 30)
+                reached = stop_at_step(patch, 20)
                 candidate, model, context = pruned(run=run, identity={"model": "tiny"})
                 with pytest.raises(KeyboardInterrupt):
                     Distill.model_validate(settings).apply(candidate, model, context)

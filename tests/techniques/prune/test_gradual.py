@@ -161,8 +161,14 @@ def test_a_training_that_is_stopped_before_all_zeros_are_there_is_not_kept(monke
         assert torch.equal(weight[weight != 0], plain[name][weight != 0])
 
 
-@pytest.mark.parametrize("by", ["magnitude", "movement"])
-@pytest.mark.parametrize("step", [20, 60])  # while it grows, and behind
+@pytest.mark.parametrize(
+    ("step", "by"),  # while it grows, and behind
+    [
+        (20, "movement"),
+        (60, "magnitude"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((20, "magnitude"), (60, "movement"))),
+    ],
+)
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, step: int
 ) -> None:
