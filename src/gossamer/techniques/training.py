@@ -34,7 +34,7 @@ from gossamer.train.lesson import Lesson, Outcome, Plan, Precision, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
 from gossamer.train.on_policy import OnPolicy, check_writes
 from gossamer.train.projections import fitted
-from gossamer.train.teacher_cache import FEW, CachedLogits, TeacherCache, write
+from gossamer.train.teacher_cache import FEW, CachedLogits, TeacherCache, print_of, write
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
@@ -215,7 +215,7 @@ class TrainingTechnique(Technique):
             teacher.to("cpu")
             return
         inputs: dict[str, Any] = {
-            **context.identity, "rows": context.training_print, "most": self.rows, "precision": precision,
+            **context.identity, "read": print_of(rows), "precision": precision,
             "top_k": self.top_k, "temperature": self.temperature,
         }  # fmt: skip
 

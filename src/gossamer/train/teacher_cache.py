@@ -15,11 +15,13 @@ Shape suffixes: T predictions of a row, N of all rows of a pass, V classes or to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -79,6 +81,16 @@ def _kept(logits_TV: Tensor, top_k: int | None) -> Iterator[tuple[str, Tensor]]:
 
 def _name(first: int) -> str:
     return f"rows-{first:06d}.safetensors"
+
+
+def print_of(rows: Sequence[Batch]) -> str:
+    """Return the hash of what a teacher reads: another tokenizer makes other inputs of the same texts."""
+    found = hashlib.sha256()
+    for row in rows:
+        for name, values in row.inputs.items():
+            found.update(f"{name} {values.dtype} {values.shape}".encode())
+            found.update(np.ascontiguousarray(values).data)
+    return found.hexdigest()
 
 
 class TeacherCache:

@@ -286,3 +286,14 @@ def test_whole_models_judge_what_is_written(settings: dict[str, Any], said: str)
     candidate, model, context = pruned()
     with pytest.raises(TechniqueError, match=said):
         Distill.model_validate({**SHORT, "on_policy": 0.5, **settings}).apply(candidate, model, context)
+
+
+def test_rows_that_are_read_otherwise_have_a_teacher_run_anew(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", {"verb": "test"}) as run:
+        for shift in (0, 1):  # as behind `vocabulary`: the same texts, other tokens
+            candidate, model, context = pruned(run=run, identity={"model": "tiny"})
+            read = [Batch({"input_ids": (row.inputs["input_ids"] + shift) % 64}, row.samples) for row in rows()]
+            context = dataclasses.replace(context, training=lambda read=read: read)
+            Distill.model_validate({**ALONE, "epochs": 1 + shift}).apply(candidate, model, context)
+        events = [entry["event"] for entry in run.journal() if entry.get("kind") == "teacher"]
+    assert events == ["started", "finished"] * 2
