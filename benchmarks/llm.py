@@ -286,6 +286,14 @@ def arguments_of(rounds: bool = False) -> argparse.Namespace:
     return arguments
 
 
+def publish(arguments: argparse.Namespace, key: str, title: str, text: str, began: float) -> None:
+    """Print a benchmark's text and put it into the file of results, where that is wanted."""
+    print(text)
+    if not arguments.no_results and not arguments.quick:
+        seconds = time.monotonic() - began
+        write_section(key, title, text, threads=arguments.threads, seconds=seconds, file=arguments.out)
+
+
 def main() -> int:
     """Run the benchmark."""
     arguments = arguments_of()
@@ -303,13 +311,9 @@ def main() -> int:
         f"{ground.num_calibration} windows to calibrate on. Bounds are over windows."
     )
     text = text_of(outcomes, arguments.model, shapes)
-    print(text)
-    if not arguments.no_results and not arguments.quick:
-        part = f": {arguments.part}" if arguments.part else ""
-        key = f"llm {arguments.model.name} {arguments.context}{part}"
-        title = f"Language model {arguments.model.name}, weights only, beside tools in their own environments{part}"
-        seconds = time.monotonic() - began
-        write_section(key, title, text, threads=arguments.threads, seconds=seconds, file=arguments.out)
+    part = f": {arguments.part}" if arguments.part else ""
+    title = f"Language model {arguments.model.name}, weights only, beside tools in their own environments{part}"
+    publish(arguments, f"llm {arguments.model.name} {arguments.context}{part}", title, text, began)
     return 0
 
 

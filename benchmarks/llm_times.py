@@ -16,9 +16,9 @@ import time
 
 from build import build_in_child
 from contest import say, wanted
-from llm import NO_MODEL, Ground, arguments_of, ours
+from llm import NO_MODEL, Ground, arguments_of, ours, publish
 from peer_scripts import run_tool
-from results import table, write_section
+from results import table
 
 TAKEN = ", of which a gossamer recipe takes as many as its `samples` says (docs/guides/recipes.md), the others all"
 HEADINGS = ("", "seconds, round by round", "of the first row's, in each round", "median")
@@ -32,7 +32,7 @@ def main() -> int:
         return 0
     began = time.monotonic()
     ground = Ground.of(arguments)
-    own = [peer for peer in ours(ground.num_calibration, quick=False) if wanted(peer, arguments.only)]
+    own = [peer for peer in ours(ground.num_calibration, arguments.quick) if wanted(peer, arguments.only)]
     seconds: dict[str, list[float]] = {}
     for number in range(arguments.rounds):
         say(f"round {number + 1} of {arguments.rounds}")
@@ -58,12 +58,8 @@ def main() -> int:
         rows.append(row)
     given = f"{ground.num_calibration} windows of {arguments.context} tokens to calibrate on{TAKEN}."
     text = f"{given}\n\n{table(HEADINGS, rows)}"
-    print(text)
-    if not arguments.no_results:
-        key = f"llm times {arguments.model.name} {arguments.context}"
-        title = f"Language model {arguments.model.name}: how long rounding takes"
-        took = time.monotonic() - began
-        write_section(key, title, text, threads=arguments.threads, seconds=took, file=arguments.out)
+    title = f"Language model {arguments.model.name}: how long rounding takes"
+    publish(arguments, f"llm times {arguments.model.name} {arguments.context}", title, text, began)
     return 0
 
 
