@@ -102,17 +102,19 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
     return reached
 
 
-def llama(num_layers: int = 2, *, tied: bool = True) -> LlamaForCausalLM:
+def llama(num_layers: int = 2, *, tied: bool = True, biases: bool = False) -> LlamaForCausalLM:
     """Return a tiny language model, four times louder than random ones are: rounding and cutting it shows."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=64, max_position_embeddings=32, tie_word_embeddings=tied,
+        attention_bias=biases, mlp_bias=biases,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.mul_(4) if parameter.ndim > 1 else None
+            parameter.normal_(std=0.1) if name.endswith("bias") else None
     return model
 
 

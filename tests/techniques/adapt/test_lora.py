@@ -14,6 +14,7 @@ from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.adapters import adapters_of
 from gossamer.models.candidate import Candidate
 from gossamer.run.workspace import Run
+from gossamer.techniques.adapt.lora import Lora
 from gossamer.train.adapters import adapters, read_adapter
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
@@ -51,7 +52,7 @@ def test_it_goes_on_from_what_compensate_left() -> None:
     with pytest.raises(TechniqueError, match="rank 4 beside 14 weights, and this step trains lora of rank 2"):
         made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "rank": 2})])
     with pytest.raises(TechniqueError, match="merging would round them again"):
-        made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "merge": True})])
+        made([ROUNDED, ("compensate", {"rank": 4}), ("lora", {**SHORT, "merge": True, "epochs": 1})])
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
@@ -77,6 +78,20 @@ def test_merged_into_codes_they_are_rounded_again_or_stay() -> None:
         assert torch.equal(found.module.get_parameter(name), codes.dequantize())
     assert distance(found) <= distance(rounded) * 1.02
     assert found.applied[-1] == {"lora": {**SHORT, "merge": True, "epochs": 8.0}}
+
+
+def test_where_codes_stay_biases_that_rounding_corrects_stay_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = ("gptq", {"bits": 3, "group_size": 16, "ignore": ["lm_head"]})
+    network = llama(tied=False, biases=True)
+    monkeypatch.setattr(Lora, "_loss", lambda *_: float("inf"))
+    before = TINY["made"](network, [solved])
+    after = TINY["made"](network, [solved, ("lora", {**SHORT, "merge": True, "epochs": 1})])
+    corrected = dict(before.module.named_parameters())
+    assert any(
+        not torch.equal(value, corrected[name]) for name, value in network.named_parameters() if name.endswith("bias")
+    )
+    for name, value in after.module.named_parameters():
+        torch.testing.assert_close(value, corrected[name], rtol=0, atol=0, msg=name)
 
 
 def test_a_run_that_is_there_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -212,7 +212,9 @@ class Lora(ThinLayers, TrainingTechnique):
     ) -> None:
         """Put other weights and biases in place: zero where masks were, rounded again where there were codes."""
         codes = {name: candidate.quantized[name] for name in values if name in candidate.quantized}
-        plain = {name: candidate.values(name).clone() for name in values if name not in codes}
+        parameters = {name for name, _ in candidate.module.named_parameters()}
+        biases = {name.removesuffix("weight") + "bias" for name in codes} & parameters  # rounding corrects them
+        plain = {name: candidate.values(name).clone() for name in {*values, *biases} if name not in codes}
         masked = has_masks(candidate.applied)
         for name, merged in values.items():
             holes = masked and merged.ndim > 1
