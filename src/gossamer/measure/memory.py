@@ -12,7 +12,10 @@ import gc
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+LARGE_BYTES = 4 << 20
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -43,10 +46,25 @@ def reset_peak() -> bool:
 def release_unused() -> None:
     """Collect garbage and hand the allocator's free pages back, so that what is resident is what is in use (glibc)."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_nothing_large() -> None:
+    """Have the allocator hand large blocks back as soon as they are freed, for the rest of this process (glibc).
+
+    Left to itself it takes blocks of up to 32 MiB from its heap once such a one was freed: layers that come and go then
+    leave holes, a GiB of them for a model of 7B.
+    """
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def _of_glibc(function: str) -> Any:
+    """Return a function of the C library, None where it has none of that name (musl, macOS)."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
 
 
 def _status(field: str) -> int | None:

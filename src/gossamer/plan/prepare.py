@@ -19,6 +19,7 @@ from gossamer.data.rows import read_rows
 from gossamer.data.splits import loose_key, row_key, split_rows, without_overlap
 from gossamer.errors import DataError, ModelError, RuntimeUnavailable
 from gossamer.measure.machine import usable_cores
+from gossamer.measure.memory import keep_nothing_large, release_unused
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.models.source import Forward, Source
@@ -249,8 +250,12 @@ def _mapped(source: Source, task: Task, request: Arrays, budget: int | None) -> 
     example = {name: torch.from_numpy(values) for name, values in request.items()}
     if budget is None:
         return map_model(source.module(task), example, source.forward)
+    keep_nothing_large()
     candidate = Candidate.streamed(source, source.skeleton(task), source.read, budget)
-    return map_model(candidate.module, example, source.forward, candidate.held)
+    found = map_model(candidate.module, example, source.forward, candidate.held)
+    del candidate
+    release_unused()  # what is resident from here on is what a forecast counts from
+    return found
 
 
 def identity(inputs: Inputs, prepared: Prepared, **more: Any) -> dict[str, Any]:
