@@ -87,6 +87,7 @@ class Runtime(ABC):
     needs_config: ClassVar[bool] = (
         False  # what opens the files builds the model from config.json, which must say its shapes
     )
+    opens_with_task: ClassVar[bool] = True  # False: `open` has no use for it, and serving is lighter without
     rounds_inputs: ClassVar[bool] = False  # True: its kernels round layer inputs to 8 bits, whatever the recipe says
 
     def missing(self) -> str | None:

@@ -121,7 +121,7 @@ class Server:
             return {"ok": True}, {}
         runtime = load_runtime(header["runtime"])
         task = None
-        if header["task"] is not None:
+        if header["task"] is not None and (runtime.opens_with_task or header["budget"] is not None):
             from gossamer.tasks import get_task
 
             task = get_task(header["task"], **header["task_settings"])

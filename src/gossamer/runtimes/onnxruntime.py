@@ -70,6 +70,7 @@ class OnnxRuntime(Runtime):
     name: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str | None] = None
     files: ClassVar[tuple[str, ...]] = (FILE, WEIGHTS)
+    opens_with_task: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         """Return the first of the needed packages that is not installed, or None."""

@@ -12,20 +12,22 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from gossamer.errors import ArtifactError, RuntimeUnavailable
 from gossamer.measure.machine import adds_in_pairs
-from gossamer.models.candidate import Candidate
-from gossamer.models.quantized import ActivationSpec, QuantSpec
 from gossamer.runtimes.base import ExportRequest, Runtime, Session, StoredTensor
-from gossamer.runtimes.onnx_graph import base_graph
-from gossamer.tasks.base import Arrays, Task
+
+# types only, as in base.py
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gossamer.models.candidate import Candidate
+    from gossamer.models.quantized import ActivationSpec, QuantSpec
+    from gossamer.tasks.base import Arrays, Task
 
 MODEL_FILE = "openvino_model.xml"
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "i8": 8, "u4": 4, "i4": 4}
@@ -58,6 +60,7 @@ class OpenVino(Runtime):
     name: ClassVar[str] = "openvino"
     extra: ClassVar[str | None] = "openvino"
     files: ClassVar[tuple[str, ...]] = ("*.xml", "*.bin")
+    opens_with_task: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         """Return the package that is not installed, or None."""
@@ -167,6 +170,8 @@ def _float_model(candidate: Candidate, request: ExportRequest) -> Any:
     import onnx_ir as ir
     import openvino as ov
 
+    from gossamer.runtimes.onnx_graph import base_graph
+
     graph = base_graph(candidate.module, candidate.source, request)
     request.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=request.cache) as scratch:
@@ -177,6 +182,8 @@ def _float_model(candidate: Candidate, request: ExportRequest) -> Any:
 
 def _lower(model: Any, candidate: Candidate) -> dict[str, dict[str, Any]]:
     """Put codes and cast constants into the graph; return what was put there, by parameter name."""
+    import torch
+
     from gossamer.runtimes import openvino_lowering as lowering
 
     known = {**dict(candidate.module.named_parameters()), **dict(candidate.module.named_buffers())}

@@ -42,9 +42,9 @@ class Served:
             print(served.peak_memory())
 
     `runtime` is a known name or `package.module:Class`; `task_name` and `task_settings` rebuild the task in the child
-    (None: the runtime opens without, and the child is lighter by what tasks import); `cpus` pins the child to these
-    cores where the system can (default: this process's own); `threads` is what the runtime may use. With `budget` the
-    artifact is served piece by piece, so many bytes of its weights in memory at a time (it then wants a task).
+    where the runtime opens files with one (None: it opens them without); `cpus` pins the child to these cores where the
+    system can (default: this process's own); `threads` is what the runtime may use. With `budget` the artifact is
+    served piece by piece, so many bytes of its weights in memory at a time (it then wants a task).
     Every failure (the artifact does not open, the child crashes, hangs longer than `timeout` seconds, or raises) is a
     MeasureError that carries the child's message, hint, and the end of its standard error. The child dies with the
     thread that made this object.

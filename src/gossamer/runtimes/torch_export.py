@@ -79,6 +79,7 @@ class TorchExport(Runtime):
 
     name: ClassVar[str] = "torch-export"
     files: ClassVar[tuple[str, ...]] = ("*.pt2",)
+    opens_with_task: ClassVar[bool] = False
 
     def refusal(
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None

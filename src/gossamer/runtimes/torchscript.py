@@ -46,6 +46,7 @@ class TorchScript(Runtime):
 
     name: ClassVar[str] = "torchscript"
     files: ClassVar[tuple[str, ...]] = (SCRIPT_FILE,)
+    opens_with_task: ClassVar[bool] = False
 
     def refusal(
         self, role: str, shape: tuple[int, ...], spec: QuantSpec | None, activation: ActivationSpec | None
