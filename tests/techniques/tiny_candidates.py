@@ -87,10 +87,10 @@ def distance_from(original: nn.Module, candidate: Candidate) -> float:
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
     """Have a training end as by Ctrl-C behind a step; return a list that holds the step once it was reached."""
-    from gossamer.train import loop
+    from gossamer.train import watch
 
     reached: list[int] = []
-    before: Callable[..., None] = loop._Watch.on_step_end
+    before: Callable[..., None] = watch.Watch.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         before(self, args, state, control, **more)
@@ -98,7 +98,7 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
             reached.append(step)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Watch, "on_step_end", on_step_end)
+    monkeypatch.setattr(watch.Watch, "on_step_end", on_step_end)
     return reached
 
 

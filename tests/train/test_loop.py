@@ -9,12 +9,12 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from gossamer.run.progress import Silent
-from gossamer.train.loop import _Watch
+from gossamer.train.watch import Watch
 
 
 def stopped_at(losses: Sequence[float], held_back: float) -> int | None:
     """Return the step behind which a training with these losses ends."""
-    watch, control = _Watch(Silent(), "test"), TrainerControl()
+    watch, control = Watch(Silent(), "test"), TrainerControl()
     watch.usual = held_back
     for step, loss in enumerate(losses, start=1):
         watch.on_log(None, TrainerState(global_step=step), control, logs={"loss": loss})

@@ -8,9 +8,7 @@ a run from ending worse than it began:
 - what was not better on rows held back is not kept (the start counts as a checkpoint too; a student that a schedule is
   still changing does not);
 - weights that are exactly zero stay so: an earlier step made them, and says so in the recipe;
-- a loss that is no number, or whose mean over RECENT steps is ten times what it was at first and on the rows held back,
-  ends the training, and the best checkpoint is kept. (One step tells nothing: on rows that the original has learned by
-  heart most losses are near nothing, and one hard row is 25 times the others.)
+- a loss that is no number, or far above what it was, ends the training, and the best checkpoint is kept (`watch.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,8 +32,6 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -48,14 +44,13 @@ from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
 from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
-from gossamer.train.lesson import Lesson, Outcome, Plan, Schedule, rows_of_one
+from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
 from gossamer.train.on_policy import OnPolicy
 from gossamer.train.rows import Rows, collate
 from gossamer.train.sharded import ZerosStay, allow, check_same_way, split
+from gossamer.train.watch import Scheduled, Watch
 from gossamer.train.weights import Parts, Weights, trainable
 
-DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
-RECENT = 10
 EVALUATIONS = 4  # an epoch at least
 JUDGED_AT_ONCE = 4  # rows
 MOST_PARTS = 1 << 12  # of a step, and processes: what is drawn has a number of its own in each
@@ -73,7 +68,7 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             f"{label} has {len(lesson.learned)} rows to learn from and {len(lesson.judged)} to judge on",
             "give more rows with --data",
         )
-    watch = _Watch(progress, label)
+    watch = Watch(progress, label)
     with quiet_transformers(), _quiet_trainer():
         if plan.micro_batch is None:
             find = partial(_fitting, lesson, plan, progress, label, team)
@@ -86,7 +81,7 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
     return outcome
 
 
-def _run(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Team, before: float) -> Outcome:
+def _run(lesson: Lesson, plan: Plan, folder: Path, watch: Watch, team: Team, before: float) -> Outcome:
     """Train the student as it is: with all of its weights in each process."""
     student, arguments = (
         Weights(lesson.student, lesson.projections),
@@ -101,7 +96,7 @@ def _run(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Team, be
     return outcome
 
 
-def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Team, before: float) -> Outcome:
+def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: Watch, team: Team, before: float) -> Outcome:
     """Train a copy of the student of which each process holds a part."""
     with split(lesson, watch.label) as splitting:
         copied = splitting.lesson
@@ -114,7 +109,7 @@ def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: _Watch, team: Te
     return outcome
 
 
-def _steps(trainer: _Trainer, watch: _Watch, team: Team, before: float) -> Outcome:
+def _steps(trainer: _Trainer, watch: Watch, team: Team, before: float) -> Outcome:
     """Take the steps, from the last checkpoint on where there is one; return what came of it."""
     schedule, folder = trainer.lesson.schedule, Path(str(trainer.args.output_dir))
     last = team.everywhere(_last_whole(folder) if team.leads else None)
@@ -241,7 +236,7 @@ class _Trainer(Trainer):
             callbacks=[
                 EarlyStoppingCallback(plan.patience),
                 watch,
-                *([_Scheduled(lesson.schedule)] if lesson.schedule else []),
+                *([Scheduled(lesson.schedule)] if lesson.schedule else []),
                 *([ZerosStay(student)] if arguments.fsdp and plan.only is None else []),
             ],
         )
@@ -302,82 +297,6 @@ class _Trainer(Trainer):
         """Return nothing: our own tables say what a pass takes."""
         del inputs
         return 0
-
-
-class _Scheduled(TrainerCallback):
-    """Let a schedule change the student; only what is settled is judged, so that nothing else is the best."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Change the student."""
-        self.schedule.before_step(state.global_step, state.max_steps)
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the gradients."""
-        self.schedule.before_update()
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the weights that have moved."""
-        self.schedule.after_update()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Put judging off."""
-        if not self.schedule.settled(state.global_step, state.max_steps):
-            control.should_evaluate = False
-
-
-class _Watch(TrainerCallback):
-    """Report steps, and end a training whose loss is no number or far above what it was."""
-
-    def __init__(self, progress: Progress, label: str) -> None:
-        self.progress, self.label = progress, label
-        self.usual = 0.0
-        self.losses: list[float] = []
-        self.diverged = False
-        self._stage: Any = None
-        self._advance: Callable[[float], None] = lambda units: None
-        self._done = 0
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar."""
-        self._stage = self.progress.stage(f"{self.label}: steps", state.max_steps)
-        self._advance = self._stage.__enter__()
-        self._done = 0
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar on."""
-        self._advance(state.global_step - self._done)
-        self._done = state.global_step
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        """Look at the loss."""
-        told = {name: (logs or {}).get(name) for name in ("loss", "learning_rate", "eval_loss")}
-        if values := {name: value for name, value in told.items() if value is not None}:
-            self.progress.record(self.label, state.global_step, values)
-        loss = told["loss"]
-        if loss is None:
-            return
-        self.losses.append(loss)
-        usual = max(self.usual, _mean(self.losses[: RECENT // 2]))
-        recent = _mean(self.losses[-RECENT:])
-        if not math.isfinite(loss) or (len(self.losses) > RECENT and recent > DIVERGED * usual):
-            self.diverged = True
-            control.should_training_stop = True
-            self.progress.say(
-                f"{self.label}: the loss is {recent:.3g} at step {state.global_step} where it was {usual:.3g}: "
-                "stopped, the best weights so far are kept; a lower rate may do"
-            )
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
-        if self._stage is not None:
-            self._stage.__exit__(None, None, None)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from gossamer.run.workspace import Run
 from gossamer.techniques.prune.gradual import Gradual
 from gossamer.techniques.prune.growing import GrowingMasks, Growth, Masked
 from gossamer.techniques.registry import build, resolve
-from gossamer.train import loop
+from gossamer.train import watch
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 llama, rows = TINY["llama"], TINY["rows_to_learn"]
@@ -146,13 +146,13 @@ def test_what_is_not_better_leaves_the_smallest_gone_and_the_others_as_they_were
 
 
 def test_a_training_that_is_stopped_before_all_zeros_are_there_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = loop._Watch.on_step_end
+    ended = watch.Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         ended(self, args, state, control, **more)
         control.should_training_stop = state.global_step == 12
 
-    monkeypatch.setattr(loop._Watch, "on_step_end", stop)
+    monkeypatch.setattr(watch.Watch, "on_step_end", stop)
     told = Told()
     found, plain = layers(made(gradual(), progress=told)), llama().state_dict()
     assert "after 12 steps: the smallest of the start are gone" in told.said[-1]
@@ -183,13 +183,13 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
     monkeypatch.undo()
     assert any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
     first: list[int] = []
-    before: Callable[..., None] = loop._Watch.on_step_end
+    before: Callable[..., None] = watch.Watch.on_step_end
 
     def began(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         first.append(state.global_step)
         before(self, args, state, control, **more)
 
-    monkeypatch.setattr(loop._Watch, "on_step_end", began)
+    monkeypatch.setattr(watch.Watch, "on_step_end", began)
     again = run_in(tmp_path / "cut")
     assert first[0] > 10  # the steps before the last checkpoint are not repeated
     assert all(torch.equal(again[name], value) for name, value in whole.items())
