@@ -43,7 +43,7 @@ from gossamer.techniques.sweep_precision import CalibrationDtype
 
 CODE_BYTES = 2  # of a weight of the block that is solved: its codes, and those of plain rounding
 CHANGED_BYTES = 8  # of a weight that gets another value: that, and what it was
-MAX_TOGETHER = 1 << 24  # weights of a layer up to which it is solved beside others: all their rows are in memory
+MAX_TOGETHER = 1 << 22  # weights of a layer up to which it is solved beside others: all their rows are in memory
 TOKENS = frozenset(("input_ids", "decoder_input_ids"))
 FEWEST_SAMPLES, MOST_SAMPLES = 32, 64  # where a recipe does not say how many
 # for each input of the widest layer, that its moments are taken from: of SmolLM2-135M (1536 inputs, 4 bits by GPTQ) KL
@@ -71,7 +71,7 @@ class BlockTechnique(Technique):
     """
 
     value_bytes: ClassVar[int] = CODE_BYTES
-    row_bytes: ClassVar[int] = 16
+    row_bytes: ClassVar[int] = 20
 
     samples: int | None = Field(
         None,
@@ -170,7 +170,7 @@ class BlockTechnique(Technique):
         largest, moments = 0, sum(moment_bytes(decision) for decision in decisions)
         for decision in decisions:  # moments of layers that were solved are given back
             rows, inputs = decision.layer.shape[0], num_inputs(decision.layer)
-            # their factor in float64, and the rows with their codes and what is subtracted from them
+            # their factor in float64, and a weight, its rows with their codes and what is subtracted from them
             solve = 8 * inputs**2 + self.row_bytes * rows * inputs
             largest = max(largest, self.value_bytes * values + max(moments, 4 * inputs**2) + solve)
             moments -= moment_bytes(decision)
