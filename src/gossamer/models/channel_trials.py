@@ -117,6 +117,7 @@ def mask(module: nn.Module, kept: Kept) -> None:
         for one, units in kept.items():
             gone = torch.tensor(sorted(set(range(one.size)) - set(units)), dtype=torch.long)
             for member in one.members:
-                if member.parameter in one.readers and member.axis == 1:
+                # channels of a depthwise convolution lie along both axes; heads along one, the first in GPT-2
+                if member.parameter in one.readers and (member.axis == 1 or one.kind == "heads"):
                     at = (member.offset + gone[:, None] * member.unit + torch.arange(member.unit)).flatten()
-                    module.get_parameter(member.parameter).index_fill_(1, at, 0.0)
+                    module.get_parameter(member.parameter).index_fill_(member.axis, at, 0.0)

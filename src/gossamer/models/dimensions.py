@@ -10,13 +10,13 @@ can be built with fewer units is tried on its config (`stock.py`): where it hold
 number must go everywhere; parameters that follow the same number (T5's position bias has a column for each head) are
 found as what still differs, and go with them. Where no number says it, only runtimes that hold a graph can hold it.
 
-Left out, with a note: heads inside fused queries, keys and values (their order in the matrix is the model's business).
+Heads whose queries, keys and values come out of one layer are found by trial (`fused_heads.py`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -32,16 +32,22 @@ from gossamer.models.stock import Change, Fit, Shapes, Stock, shapes_of
 
 
 def find_dimensions(
-    module: nn.Module, layers: Sequence[LayerInfo], stacks: Sequence[Stack], flow: Flow | None
+    module: nn.Module,
+    layers: Sequence[LayerInfo],
+    stacks: Sequence[Stack],
+    flow: Flow | None,
+    fused: Mapping[str, Dimension] | None = None,
 ) -> tuple[tuple[Dimension, ...], list[str]]:
     """Return the dimensions of a model whose layers have roles, and notes on what is not understood.
+
+    `fused` are the heads of attentions with one layer for queries, keys and values, by its name.
 
     >>> find_dimensions(model, layers, stacks, flow)[0][0].size  # doctest: +SKIP
     1536
     """
     notes: list[str] = []
     shapes = shapes_of(module)
-    inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, notes)]
+    inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, fused or {}, notes)]
     stock = Stock(module) if isinstance(module, PreTrainedModel) else None
     found = [*_said_by_config(stock, shapes, inside, notes), *_depths(module, stock, shapes, stacks)]
     found += find_vocabulary(stock, shapes) if stock is not None else ()
@@ -69,28 +75,25 @@ def cut_shapes(shapes: Shapes, sizes: Mapping[Dimension, int], *, missing: bool 
 def _networks(layers: Sequence[LayerInfo], shapes: Shapes, notes: list[str]) -> Iterator[Dimension]:
     """Yield the feed-forward networks of blocks: the n-th up and gate of a parent belong to its n-th down."""
     unknown: list[str] = []
-    for (stack, block, _), inside in _by_place(layers).items():
+    for inside in _by_place(layers).values():
         downs = inside["down"]
         for number, down in enumerate(downs):
             written = [inside[role][number] for role in ("gate", "up") if len(inside[role]) == len(downs)]
             channels = down.shape[1]
-            members = [member for layer in written for member in _rows(layer, shapes, channels, 1)]
+            members = [member for layer in written for member in rows_of(layer, shapes, channels, 1)]
             wide = sum(layer.shape[0] for layer in written)
             if not written or wide % channels or len(inside["up"]) != len(downs) or len(down.shape) != 2:
                 unknown.append(down.name)
                 continue
-            members.append(_columns(down, 1))
-            yield _dimension("ffn", stack, block, channels, members, [down], [*written, down])
+            members.append(columns_of(down, 1))
+            yield dimension_of("ffn", down, channels, members, [down], [*written, down])
     if unknown:
         notes.append(f"feed-forward networks whose channels are not understood, so that none is cut: {named(unknown)}")
 
 
-def _attentions(
-    layers: Sequence[LayerInfo], shapes: Shapes, flow: Flow | None, notes: list[str]
-) -> Iterator[Dimension]:
-    """Yield the attentions that one pass showed, each with a q, k, v and o of its own."""
-    known = {layer.name: layer for layer in layers if layer.kind == "linear" and layer.stack is not None}
-    seen: dict[str, dict[tuple[Any, ...], None]] = defaultdict(dict)  # q -> what its products are made of
+def products_of(known: Collection[str], flow: Flow | None) -> dict[str, dict[tuple[Any, ...], None]]:
+    """Return the distinct products of each q: layers of its sides and of o among those known, and head sizes."""
+    seen: dict[str, dict[tuple[Any, ...], None]] = defaultdict(dict)
     for number, product in enumerate(flow.products if flow is not None else ()):
         sides = tuple(
             tuple(sorted(name for name in side if name in known))
@@ -100,8 +103,23 @@ def _attentions(
         readers = tuple(name for name, origin in flow.feeds.items() if number in origin.mixed and name in known)
         if sides[0]:
             seen[sides[0][0]][(*sides, readers, product.key_size, product.value_size)] = None
+    return seen
+
+
+def _attentions(
+    layers: Sequence[LayerInfo],
+    shapes: Shapes,
+    flow: Flow | None,
+    fused: Mapping[str, Dimension],
+    notes: list[str],
+) -> Iterator[Dimension]:
+    """Yield the attentions that one pass showed: with a q, k, v and o of its own each, or fused ones that are known."""
+    known = {layer.name: layer for layer in layers if layer.kind == "linear" and layer.stack is not None}
     unknown: list[str] = []
-    for q, found in seen.items():
+    for q, found in products_of(known, flow).items():
+        if q in fused:
+            yield fused[q]
+            continue
         # several products of one q: with positions, say, whose layers would have to go along
         parts = next(iter(found)) if len(found) == 1 else ()
         dimension = _attention([known[side[0]] for side in parts[:4]], parts, shapes) if _is_plain(parts) else None
@@ -129,10 +147,9 @@ def _attention(layers: Sequence[LayerInfo], parts: tuple[Any, ...], shapes: Shap
     if heads % groups or v.shape[0] != groups * value or o.shape[1] != heads * value:
         return None
     shared = heads // groups
-    members = [*_rows(q, shapes, groups, shared * key), *_rows(k, shapes, groups, key)]
-    members += [*_rows(v, shapes, groups, value), _columns(o, shared * value)]
-    assert q.stack is not None
-    return _dimension("heads", q.stack, q.block, groups, members, [o], [q, k, v, o])
+    members = [*rows_of(q, shapes, groups, shared * key), *rows_of(k, shapes, groups, key)]
+    members += [*rows_of(v, shapes, groups, value), columns_of(o, shared * value)]
+    return dimension_of("heads", q, groups, members, [o], [q, k, v, o])
 
 
 def _by_place(layers: Sequence[LayerInfo]) -> dict[tuple[str, int | None, str | None], dict[str, list[LayerInfo]]]:
@@ -145,31 +162,39 @@ def _by_place(layers: Sequence[LayerInfo]) -> dict[tuple[str, int | None, str | 
     return found
 
 
-def _rows(layer: LayerInfo, shapes: Shapes, size: int, unit: int) -> list[Member]:
-    """Return a layer's outputs as members, several runs of them where it writes several tensors; its bias goes too."""
-    axis = 1 if layer.transposed else 0
-    runs = [Member(f"{layer.name}.weight", axis, unit, offset) for offset in range(0, layer.shape[0], size * unit)]
+def rows_of(
+    layer: LayerInfo, shapes: Shapes, size: int, unit: int, first: int = 0, count: int | None = None
+) -> list[Member]:
+    """Return a layer's outputs (of them `count` from `first` on) as members; its bias goes too.
+
+    There are several runs of them where it writes several tensors.
+    """
+    axis, stop = 1 if layer.transposed else 0, layer.shape[0] if count is None else first + count
+    runs = [Member(f"{layer.name}.weight", axis, unit, offset) for offset in range(first, stop, size * unit)]
     if f"{layer.name}.bias" in shapes:
         runs += [replace(run, parameter=f"{layer.name}.bias", axis=0) for run in runs]
     return runs
 
 
-def _columns(layer: LayerInfo, unit: int) -> Member:
+def columns_of(layer: LayerInfo, unit: int) -> Member:
+    """Return a layer's inputs as a member."""
     return Member(f"{layer.name}.weight", 0 if layer.transposed else 1, unit)
 
 
-def _dimension(
+def dimension_of(
     kind: Cuttable,
-    stack: str,
-    block: int | None,
+    place: LayerInfo,
     size: int,
     members: Sequence[Member],
     readers: Sequence[LayerInfo],
     layers: Sequence[LayerInfo],
 ) -> Dimension:
+    """Return the dimension of some layers, in the block of one of them, named by what their names have in common."""
+    assert place.stack is not None
     parts = zip(*(layer.name.split(".") for layer in layers), strict=False)
     name = ".".join(first for first, *_ in takewhile(lambda each: len(set(each)) == 1, parts))
-    return Dimension(kind, name, stack, block, size, tuple(members), tuple(f"{one.name}.weight" for one in readers))
+    names = tuple(f"{one.name}.weight" for one in readers)
+    return Dimension(kind, name, place.stack, place.block, size, tuple(members), names)
 
 
 def _said_by_config(

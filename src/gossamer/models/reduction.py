@@ -7,13 +7,14 @@ longer `stock`: only a runtime that holds a graph can hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
@@ -24,6 +25,7 @@ from gossamer.models.roles import Dimension, LayerInfo, Member, ModelMap
 from gossamer.models.stock import Change, Stock, build_empty, changed_config, shapes_of
 from gossamer.models.width import head_sizes
 
+WIDTHS_OF_HEADS = ("all_head_size", "split_size")  # where attentions hold the rows of all queries
 Kept = Mapping[Dimension, Sequence[int]]  # units that stay, in order
 SIZES = (  # where layers hold the sizes of a matrix, and of a convolution
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx"),
@@ -204,14 +206,31 @@ def shrink_in_place(module: nn.Module, kept: Kept) -> None:
 
 
 def _tell_heads(module: nn.Module, dimension: Dimension, size: int) -> None:
-    """Write the new number of heads where an attention holds the old one."""
+    """Write the new number of heads where an attention holds the old one; it gets a config of its own to read from."""
     units = [member.unit for member in dimension.members]
-    old = {dimension.size * unit // min(units): size * unit // min(units) for unit in units}
+    counts = {dimension.size * unit // min(units): size * unit // min(units) for unit in units}
+    widths = {dimension.size * unit: size * unit for unit in units}
     owners = {member.parameter.rpartition(".")[0].rpartition(".")[0] for member in dimension.members}
     for part in map(module.get_submodule, owners):
-        for name, value in list(vars(part).items()):
-            if "head" in name and type(value) is int and value in old:
-                setattr(part, name, old[value])
+        for name, value in _heads_in(part):
+            if value in counts:
+                setattr(part, name, counts[value])
+        for name in WIDTHS_OF_HEADS:
+            if getattr(part, name, None) in widths:
+                setattr(part, name, widths[getattr(part, name)])
+        config = getattr(part, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            part.config = copy.copy(config)
+            for name, value in _heads_in(config):
+                if value in counts:
+                    setattr(part.config, name, counts[value])
+
+
+def _heads_in(holder: object) -> Iterator[tuple[str, int]]:
+    """Yield the numbers that count heads (not their sizes) of what holds some."""
+    for name, value in list(vars(holder).items()):
+        if "head" in name and "dim" not in name and "size" not in name and type(value) is int:
+            yield name, value
 
 
 def _tell_sizes(part: nn.Module, before: Tensor, after: Tensor) -> None:

@@ -22,6 +22,7 @@ from gossamer.models.channels import find_channels
 from gossamer.models.dimensions import find_dimensions
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import find_experts, layouts
+from gossamer.models.fused_heads import find_fused_heads
 from gossamer.models.roles import Experts, LayerInfo, ModelMap, Role
 from gossamer.models.width import find_widths
 
@@ -58,9 +59,10 @@ def map_model(
     macs = flow.macs if flow is not None else {}
     layers = [replace(layer, role=roles[layer.name], macs=macs.get(layer.name, 0)) for layer in layers]
     notes.extend(purpose.remarks(layers, flow))
-    dimensions, unknown = find_dimensions(module, layers, stacks, flow)
-    notes.extend(unknown)
     given = example if example is not None else made_up_example(module)
+    fused = find_fused_heads(module, layers, flow, given, forward, held)
+    dimensions, unknown = find_dimensions(module, layers, stacks, flow, fused)
+    notes.extend(unknown)
     channels, unknown = find_channels(module, layers, flow, given, forward, dimensions)
     notes.extend(unknown)
     if flow is not None and given is not None:
