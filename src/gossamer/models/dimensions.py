@@ -3,6 +3,7 @@
     ffn     channels of a feed-forward network: rows of up and gate with their biases, columns of down
     heads   heads of an attention: rows of q, k, v, columns of o; queries that share keys and values go with them
     layers  whole blocks of a stack
+    experts whole experts of a block, with their rows of its router
     vocabulary  rows of the embedding, the head and its bias, one for each token (`embeddings.py`)
 
 They are read from the roles that the data flow showed, not from a list of architectures. Whether the model's own class
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -27,8 +29,10 @@ from transformers import PreTrainedModel
 from gossamer.models.dataflow import Flow
 from gossamer.models.embeddings import find_vocabulary
 from gossamer.models.purpose import named
-from gossamer.models.roles import Cuttable, Dimension, LayerInfo, Member, Stack
+from gossamer.models.roles import Cuttable, Dimension, Experts, LayerInfo, Member, Stack
 from gossamer.models.stock import Change, Fit, Shapes, Stock, shapes_of
+
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "top_k", "moe_top_k", "num_selected_experts", "top_k_experts")
 
 
 def find_dimensions(
@@ -37,6 +41,7 @@ def find_dimensions(
     stacks: Sequence[Stack],
     flow: Flow | None,
     fused: Mapping[str, Dimension] | None = None,
+    experts: Sequence[Experts] = (),
 ) -> tuple[tuple[Dimension, ...], list[str]]:
     """Return the dimensions of a model whose layers have roles, and notes on what is not understood.
 
@@ -50,6 +55,7 @@ def find_dimensions(
     inside = [*_networks(layers, shapes, notes), *_attentions(layers, shapes, flow, fused or {}, notes)]
     stock = Stock(module) if isinstance(module, PreTrainedModel) else None
     found = [*_said_by_config(stock, shapes, inside, notes), *_depths(module, stock, shapes, stacks)]
+    found += _experts(module, stock, shapes, layers, experts, notes)
     found += find_vocabulary(stock, shapes) if stock is not None else ()
     deep = {one.stack for one in found if one.kind == "layers"}
     if whole := [stack.name or "the model itself" for stack in stacks if stack.name not in deep]:
@@ -273,18 +279,76 @@ def _trial(size: int) -> int | None:
 def _joined(alike: Sequence[Dimension], fit: Fit, shapes: Shapes) -> Dimension | None:
     """Return one dimension for all, with the parameters that follow the same number; None where others differ."""
     first, smaller = alike[0], _trial(alike[0].size)
-    extra = []
-    for name, (wanted, got) in fit.differs.items():
-        if wanted is None or got is None or len(wanted) != len(got):
-            return None
-        axes = [axis for axis, (ours, theirs) in enumerate(zip(wanted, got, strict=True)) if ours != theirs]
-        if len(axes) != 1 or shapes[name][axes[0]] != first.size or got[axes[0]] != smaller:
-            return None
-        extra.append(Member(name, axes[0]))
+    extra = _followers(fit, shapes, first.size, smaller) if smaller is not None else None
+    if extra is None:
+        return None
     members = tuple(dict.fromkeys((*(member for one in alike for member in one.members), *extra)))
     readers = tuple(reader for one in alike for reader in one.readers)
     name = ", ".join(sorted({one.stack for one in alike}))
     return Dimension(first.kind, name, first.stack, None, first.size, members, readers, fit.change.names())
+
+
+def _experts(
+    module: nn.Module,
+    stock: Stock | None,
+    shapes: Shapes,
+    layers: Sequence[LayerInfo],
+    experts: Sequence[Experts],
+    notes: list[str],
+) -> Iterator[Dimension]:
+    """Yield the experts of each block: what follows their number (routers, biases) is what differs without them."""
+    alike: dict[int, list[Experts]] = defaultdict(list)
+    for one in experts:
+        alike[one.num_experts].append(one)
+    for count, ones in alike.items():
+        smaller = _trial(count)
+        if stock is None or smaller is None or not all(one.stacked for one in ones):
+            notes.append(f"experts that no config counts, so that none is cut: {named([one.name for one in ones])}")
+            continue
+        wanted = {name: shape for name, shape in shapes.items() if not _of_expert(name, ones, smaller)}
+        fit = stock.fit(wanted, {count: smaller})
+        followers = _followers(fit, shapes, count, smaller) if fit is not None else None
+        if fit is None or followers is None or not fit.change.numbers:
+            notes.append(f"experts whose number the config does not say, so that none is cut: {named([ones[0].name])}")
+            continue
+        least = max((stock.number(path) or 1 for path in stock.numbers if path[-1] in EXPERTS_OF_A_TOKEN), default=1)
+        for one in ones:
+            parent = f"{one.name.rpartition('.')[0]}."
+            place = next(layer for layer in layers if layer.experts == one.name)
+            members = tuple(member for member in followers if member.parameter.startswith(parent))
+            buffers = [
+                name
+                for name, values in module.named_buffers()
+                if name.startswith(parent) and values.dim() and len(values) == count
+            ]
+            yield Dimension(
+                "experts", one.name, place.stack or "", place.block, count, members,
+                attributes=fit.change.names(), sizes=tuple(range(least, count)),
+                buffers=tuple(Member(name, 0) for name in buffers),
+            )  # fmt: skip
+
+
+def _of_expert(name: str, experts: Sequence[Experts], first: int) -> bool:
+    """Say whether a parameter is one of an expert's from number `first` on."""
+    for one in experts:
+        if name.startswith(f"{one.name}."):
+            number = name.removeprefix(f"{one.name}.").partition(".")[0]
+            return number.isdigit() and int(number) >= first
+    return False
+
+
+def _followers(fit: Fit, shapes: Shapes, size: int, smaller: int) -> list[Member] | None:
+    """Return the axes that follow a number of the config beside those known; None where something differs otherwise."""
+    found = []
+    for name, (wanted, got) in fit.differs.items():
+        if wanted is None or got is None or len(wanted) != len(got):
+            return None
+        axes = [axis for axis, (ours, theirs) in enumerate(zip(wanted, got, strict=True)) if ours != theirs]
+        if len(axes) != 1 or shapes[name][axes[0]] != size or got[axes[0]] != smaller:
+            return None
+        stacked = prod(shapes[name]) // size if not name.endswith(".weight") else 1  # biases of all experts, say
+        found.append(Member(name, axes[0], width=stacked))
+    return found
 
 
 def _depths(module: nn.Module, stock: Stock | None, shapes: Shapes, stacks: Iterable[Stack]) -> Iterator[Dimension]:

@@ -52,9 +52,9 @@ def find_fused_heads(
     shapes = shapes_of(module)
     proposed: dict[str, list[Dimension]] = {}
     for name, found in products_of(known, flow).items():
-        sides = next(iter(found))[:4]
+        *sides, key, value = next(iter(found))
         if len(found) == 1 and all(len(side) == 1 for side in sides) and len(set(sides)) == 2 and sides[3] != sides[0]:
-            proposed[name] = list(_orders(known[name], known[sides[3][0]], *next(iter(found))[4:], shapes))
+            proposed[name] = list(_orders(known[name], known[sides[3][0]], key, value, shapes))
     kinds: dict[tuple[Any, ...], int | None] = {}  # what attentions are like -> which of the orders is theirs
     found_heads = {}
     for name, orders in proposed.items():
@@ -113,9 +113,9 @@ def _tried(
 
 def _inside(order: Dimension) -> Dimension:
     """Return a dimension with names as they are within the attention."""
-    local = lambda name: name.removeprefix(f"{order.name}.")  # noqa: E731
-    members = tuple(replace(member, parameter=local(member.parameter)) for member in order.members)
-    return replace(order, members=members, readers=tuple(local(name) for name in order.readers))
+    prefix = f"{order.name}."
+    members = tuple(replace(one, parameter=one.parameter.removeprefix(prefix)) for one in order.members)
+    return replace(order, members=members, readers=tuple(name.removeprefix(prefix) for name in order.readers))
 
 
 def _call_of(

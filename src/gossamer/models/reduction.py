@@ -69,16 +69,22 @@ def slices(shapes: Mapping[str, tuple[int, ...]], kept: Kept) -> dict[str, Slice
 
 
 def _renamed(name: str, kept: Kept) -> str | None:
-    """Return the name that a parameter has once blocks are gone; None where it goes with its block."""
-    for dimension, blocks in kept.items():
-        if dimension.kind == "layers" and name.startswith(f"{dimension.stack}."):
-            index, _, rest = name.removeprefix(f"{dimension.stack}.").partition(".")
+    """Return the name that a parameter has once blocks or experts are gone; None where it goes with one of them."""
+    for dimension, parts in kept.items():
+        holder = _holder(dimension)
+        if holder is not None and name.startswith(f"{holder}."):
+            index, _, rest = name.removeprefix(f"{holder}.").partition(".")
             if not index.isdigit():
                 continue
-            if int(index) not in blocks:
+            if int(index) not in parts:
                 return None
-            return f"{dimension.stack}.{list(blocks).index(int(index))}.{rest}"
+            return f"{holder}.{list(parts).index(int(index))}.{rest}"
     return name
+
+
+def _holder(dimension: Dimension) -> str | None:
+    """Return the name of what holds a dimension's units as parts with numbers for names, None for other kinds."""
+    return {"layers": dimension.stack, "experts": dimension.name}.get(dimension.kind)
 
 
 def reduced(candidate: Candidate, kept: Kept) -> Candidate:
@@ -102,6 +108,11 @@ def reduced(candidate: Candidate, kept: Kept) -> Candidate:
         raise TechniqueError(
             f"no config of {type(candidate.module).__name__} says the smaller shapes, and it is read piece by piece",
             "give it enough --memory to be opened whole",
+        )
+    if change is None and any(one.kind == "experts" for one in kept):
+        raise TechniqueError(
+            f"{type(candidate.module).__name__} has one number of experts for all blocks, and a few would have others",
+            "leave as many in each",
         )
     if change is None:
         shrink_in_place(candidate.module, kept)
@@ -220,10 +231,11 @@ def _tell_heads(module: nn.Module, dimension: Dimension, size: int) -> None:
                 setattr(part, name, widths[getattr(part, name)])
         config = getattr(part, "config", None)
         if isinstance(config, PreTrainedConfig):
-            part.config = copy.copy(config)
+            own = copy.copy(config)
             for name, value in _heads_in(config):
                 if value in counts:
-                    setattr(part.config, name, counts[value])
+                    setattr(own, name, counts[value])
+            vars(part)["config"] = own
 
 
 def _heads_in(holder: object) -> Iterator[tuple[str, int]]:
@@ -256,10 +268,8 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
     Of a stack that lost blocks the first ones are described: which ones stay is found out later, and they are alike.
     """
     depth = {dimension.stack: size for dimension, size in sizes.items() if dimension.kind == "layers"}
-
-    def stays(one: LayerInfo | Dimension) -> bool:
-        return one.stack not in depth or one.block is None or one.block < depth[one.stack]
-
+    fewer = {dimension.name: (size, dimension.size) for dimension, size in sizes.items() if dimension.kind == "experts"}
+    left = depth | {name: size for name, (size, _) in fewer.items()}
     stored = {f"{layer.name}.weight": layer.shape[::-1] if layer.transposed else layer.shape for layer in model.layers}
     after = cut_shapes(stored, {one: size for one, size in sizes.items() if one.kind != "layers"}, missing=True)
     others = {name: removed for name, removed in _lost_values(sizes).items() if name not in stored}
@@ -273,9 +283,9 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
     layers = tuple(
         _narrower_tokens(layer, *narrower[layer.name])
         if layer.name in narrower
-        else _smaller_layer(layer, after, others)
+        else _smaller_layer(layer, after, others, fewer)
         for layer in model.layers
-        if stays(layer)
+        if not _goes(layer.name, left)
     )
     inside = {stack.name: stack for stack in model.stacks}
     lost = sum(layer.num_parameters for layer in model.layers) - sum(layer.num_parameters for layer in layers)
@@ -297,7 +307,12 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
         num_parameters=model.num_parameters - lost,
         num_bytes=round((model.num_parameters - lost) * bytes_each),
         macs=sum(layer.macs for layer in layers) + round(attended * share),
-        dimensions=tuple(_smaller_dimension(one, sizes, depth) for one in model.dimensions if stays(one)),
+        dimensions=tuple(_smaller_dimension(one, sizes, left) for one in model.dimensions if not _goes(one.name, left)),
+        experts=tuple(
+            replace(one, num_experts=left.get(one.name, one.num_experts))
+            for one in model.experts
+            if not _goes(one.name, left)
+        ),
     )
 
 
@@ -307,18 +322,27 @@ def _lost_values(sizes: Mapping[Dimension, int]) -> dict[str, int]:
     for dimension, size in sizes.items():
         for member in dimension.members:
             if not member.parameter.endswith(".weight"):
-                lost[member.parameter] = lost.get(member.parameter, 0) + (dimension.size - size) * member.unit
+                gone = (dimension.size - size) * member.unit * member.width
+                lost[member.parameter] = lost.get(member.parameter, 0) + gone
     return lost
 
 
-def _smaller_layer(layer: LayerInfo, after: Mapping[str, tuple[int, ...]], others: Mapping[str, int]) -> LayerInfo:
+def _smaller_layer(
+    layer: LayerInfo,
+    after: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, int],
+    fewer: Mapping[str, tuple[int, int]],
+) -> LayerInfo:
     now = after[f"{layer.name}.weight"]
     shape = now[::-1] if layer.transposed else now
     before, left = prod(layer.shape), prod(shape)
     lost = before - left + sum(count for name, count in others.items() if name.rpartition(".")[0] == layer.name)
     count = layer.num_parameters - lost if layer.tied_to is None else layer.num_parameters
+    if layer.name in fewer:  # what holds experts has parameters of its own, a row for each
+        shape = (fewer[layer.name][0], *shape[1:])
     groups = shape[0] if 1 < layer.groups == layer.shape[0] else layer.groups  # one channel in each
-    macs = round(layer.macs * left / max(1, before))
+    stay, were = fewer.get(layer.experts or "", (1, 1))  # those that stay share the tokens of all
+    macs = round(layer.macs * left / max(1, before) * were / stay)
     return replace(layer, shape=shape, num_parameters=count, macs=macs, groups=groups)
 
 
@@ -341,8 +365,8 @@ def _attention_left(model: ModelMap, sizes: Mapping[Dimension, int], depth: Mapp
     return (1 - cut) * left / blocks if blocks else 1 - cut
 
 
-def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], depth: Mapping[str, int]) -> Dimension:
-    """Return a dimension after cuts: members move up by what goes in front of them, or go with their block."""
+def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], left: Mapping[str, int]) -> Dimension:
+    """Return a dimension after cuts: members move up by what goes in front of them, or go with block or expert."""
 
     def moved(member: Member) -> Member:
         removed = sum(
@@ -356,16 +380,16 @@ def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], dep
     return replace(
         dimension,
         size=sizes.get(dimension, dimension.size),
-        members=tuple(moved(one) for one in dimension.members if not _goes(one.parameter, depth)),
-        readers=tuple(reader for reader in dimension.readers if not _goes(reader, depth)),
-        buffers=tuple(moved(one) for one in dimension.buffers if not _goes(one.parameter, depth)),
+        members=tuple(moved(one) for one in dimension.members if not _goes(one.parameter, left)),
+        readers=tuple(reader for reader in dimension.readers if not _goes(reader, left)),
+        buffers=tuple(moved(one) for one in dimension.buffers if not _goes(one.parameter, left)),
     )
 
 
-def _goes(parameter: str, depth: Mapping[str, int]) -> bool:
-    """Say whether a parameter lies in a block of a stack that has fewer of them afterwards."""
-    for stack, left in depth.items():
-        index = parameter.removeprefix(f"{stack}.").partition(".")[0]
-        if parameter.startswith(f"{stack}.") and index.isdigit():
-            return int(index) >= left
+def _goes(name: str, left: Mapping[str, int]) -> bool:
+    """Say whether a name lies in a block of a stack, or an expert, of which there are fewer afterwards."""
+    for holder, count in left.items():
+        index = name.removeprefix(f"{holder}.").partition(".")[0]
+        if name.startswith(f"{holder}.") and index.isdigit() and int(index) >= count:
+            return True
     return False

@@ -88,8 +88,8 @@ class Experts:
     gated_by_silu: bool = False
 
 
-Cuttable = Literal["ffn", "heads", "layers", "width", "vocabulary", "channels"]
-CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "width", "vocabulary", "channels")
+Cuttable = Literal["ffn", "heads", "layers", "experts", "width", "vocabulary", "channels"]
+CUTTABLE: tuple[Cuttable, ...] = ("ffn", "heads", "layers", "experts", "width", "vocabulary", "channels")
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class Dimension:
     `readers` are the weights whose inputs are the units (down, o). `attributes` are the numbers of config.json that
     hold the size, one for all dimensions of that kind that name them; empty where no config can say another size, so
     that only a runtime that holds a graph can hold it; None where there is no config. `sizes` are those that the config
-    accepts (None: any). Blocks of a stack have no members: whole names go. `held` are units that cannot go (a block
-    that holds what others read). `buffers` are axes of buffers that it runs along (what a norm has seen).
+    accepts (None: any). Blocks of a stack have no members: whole names go, as those of experts do, whose members are
+    rows of their router. `held` are units that cannot go (a block that holds what others read). `buffers` are axes of
+    buffers that it runs along (what a norm has seen).
     """
 
     kind: Cuttable | Literal["rank"]

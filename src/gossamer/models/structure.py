@@ -61,7 +61,7 @@ def map_model(
     notes.extend(purpose.remarks(layers, flow))
     given = example if example is not None else made_up_example(module)
     fused = find_fused_heads(module, layers, flow, given, forward, held)
-    dimensions, unknown = find_dimensions(module, layers, stacks, flow, fused)
+    dimensions, unknown = find_dimensions(module, layers, stacks, flow, fused, experts)
     notes.extend(unknown)
     channels, unknown = find_channels(module, layers, flow, given, forward, dimensions)
     notes.extend(unknown)

@@ -1,4 +1,4 @@
-"""The technique `prune`: channels, heads and whole blocks are cut out of the weights and of the config.
+"""The technique `prune`: channels, heads, experts and whole blocks are cut out of the weights and of the config.
 
 What is left is an ordinary smaller model: its class loads it, no mask is kept, and every runtime is faster by what is
 no longer computed. Which units go is chosen block after block in one sweep, from what the blocks before it have become;
@@ -6,13 +6,13 @@ the weights that read a dimension make up for what goes (`units.py`). Until the 
 the model that was swept and the one that is cut compute the same, which is checked.
 
 Where a model has one number for all blocks (most do), the same number of units goes everywhere. Blocks go by how little
-their outputs differ from their inputs, or by what the predictions lose without each (`blocks.py`).
+their outputs differ from their inputs, or by what the predictions lose without each (`blocks.py`); experts by what they
+add to their tokens (`experts.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar, Literal, Self
@@ -31,19 +31,13 @@ from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Tech
 from gossamer.techniques.block import Block
 from gossamer.techniques.blockwise import MOST_SAMPLES, BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
+from gossamer.techniques.prune.experts import expert_scores
 from gossamer.techniques.prune.importance import forward_of, importance, tensors
 from gossamer.techniques.prune.masking import MIN_SAMPLES, Masking
-from gossamer.techniques.prune.readers import (
-    kept_units,
-    known_beforehand,
-    merged,
-    readers_of,
-    reading,
-    units_of,
-)
+from gossamer.techniques.prune.readers import kept_units, known_beforehand, merged, readers_of, reading, units_of
 from gossamer.techniques.prune.same import check_same, computed
 from gossamer.techniques.prune.taylor import taylor_scores
-from gossamer.techniques.prune.uneven import Places, Size, in_words, read_sizes, units_left
+from gossamer.techniques.prune.uneven import Places, Size, in_words, meant, read_sizes, units_left
 from gossamer.techniques.prune.width import narrowed, scale_last_norm
 from gossamer.techniques.prune.width_fit import fit_narrower
 
@@ -51,6 +45,7 @@ IN_ANOTHER_ORDER = "some weight has its units in another order than was thought"
 LEAVE = "leave this model's units as they are, and say so to us"
 OF_UNITS = ("obs", "fisher", "taylor", "activation", "magnitude")
 OF_BLOCKS = ("influence", "divergence", "taylor")
+OF_EXPERTS = ("activation",)
 LESS_WORK = frozenset(("latency", "throughput", "flops", "params"))  # what cutting serves better than rounding
 PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "ffn": ("75%", "62%", "50%", "25%"),
@@ -59,11 +54,11 @@ PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "channels": ("75%", "62%", "50%"),
 }
 By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
-DEFAULT_BY: dict[Cuttable, By] = {"layers": "influence", "width": "activation"}  # else obs
+DEFAULT_BY: dict[Cuttable, By] = {"layers": "influence", "width": "activation", "experts": "activation"}  # else obs
 
 
 class Prune(BlockTechnique):
-    """Cut channels of feed-forward networks, heads, whole blocks, or the stream's width out of model and config.
+    """Cut channels of feed-forward networks, heads, experts, blocks, or the stream's width out of model and config.
 
     In a recipe: `- prune: {what: ffn, to: 50%}` or `- prune: {what: layers, remove: 2}`, before steps that round.
     """
@@ -79,8 +74,8 @@ class Prune(BlockTechnique):
     )  # fmt: skip
 
     what: Cuttable = Field(
-        description="ffn (channels of feed-forward networks), heads, channels (of convolutions), layers, or width (of "
-        "the residual stream)"
+        description="ffn (channels of feed-forward networks), heads, channels (of convolutions), layers, experts, or "
+        "width (of the residual stream)"
     )
     to: str | float | Places | None = Field(
         None, description="what stays, of each: a share (50%) or a number of units; or {place: either} for each place"
@@ -91,7 +86,7 @@ class Prune(BlockTechnique):
     by: By | None = Field(
         None,
         description="which units go: obs (the default), fisher, taylor, activation, magnitude; layers: influence (the "
-        "default), divergence, taylor; width: as ffn, activation by default",
+        "default), divergence, taylor; width: as ffn, activation by default; experts: activation",
     )
     targets: tuple[str, ...] = Field(
         ("*",), description="names of stacks or blocks, patterns with *: where it is cut; a part of a name is enough"
@@ -124,7 +119,7 @@ class Prune(BlockTechnique):
             raise ValueError("name the places in `to` or in `targets`, not in both")
         if self.what != "layers" and isinstance(self.remove, tuple):
             raise ValueError("which units go is found out; only blocks can be named (what: layers)")
-        fitting = OF_BLOCKS if self.what == "layers" else OF_UNITS
+        fitting = {"layers": OF_BLOCKS, "experts": OF_EXPERTS}.get(self.what, OF_UNITS)
         if self.by is not None and self.by not in fitting:
             raise ValueError(f"{self.what} are chosen by {', '.join(fitting)}, not by {self.by}")
         return self
@@ -176,14 +171,14 @@ class Prune(BlockTechnique):
         uneven = dict(self.to) if isinstance(self.to, tuple) else {}
         places = tuple(uneven) or self.targets
         for target in places:
-            if not any(_meant(one, target) for one in found):
+            if not any(meant(one, target) for one in found):
                 names = sorted({one.stack for one in found})
                 raise RecipeError(
                     f"{'to' if uneven else 'targets'}: {target!r} matches none of {len(found)} places",
                     f"known: {', '.join(names)}",
                 )
-        meant = {one: [place for place in places if _meant(one, place)] for one in found}
-        return {one: self._size(one, uneven.get(names[-1])) for one, names in meant.items() if names}
+        named = {one: [place for place in places if meant(one, place)] for one in found}
+        return {one: self._size(one, uneven.get(names[-1])) for one, names in named.items() if names}
 
     def _size(self, one: Dimension, here: Size | None) -> int:
         if isinstance(self.remove, tuple):
@@ -199,6 +194,8 @@ class Prune(BlockTechnique):
             assert isinstance(asked, str | float | int)
             size = units_left(asked, one.size, self.multiple)
         least = max(1, len(one.held))
+        if one.kind == "experts" and one.sizes:
+            least = min(one.sizes)  # what the router picks for each token
         if not least <= size < one.size:
             raise RecipeError(
                 f"{self.what} of {one.name}: {size} of {one.size} would stay", f"leave from {least} to {one.size - 1}"
@@ -214,7 +211,7 @@ class Prune(BlockTechnique):
 
     def working_bytes(self, model: ModelMap, num_samples: int, sample_bytes: int) -> int:
         """Return the bytes of the samples, and of the block at hand."""
-        if self.what in ("layers", "width"):
+        if self.what in ("layers", "width", "experts"):
             samples = (self.samples or MOST_SAMPLES) * sample_bytes
             if self.what == "width":  # the model as it was, and what passes both
                 samples = 4 * model.num_parameters + 4 * samples
@@ -228,10 +225,12 @@ class Prune(BlockTechnique):
             return self._narrowed(candidate, model, sizes, context)
         if self.what == "layers":
             kept = self._kept_blocks(candidate, sizes, context)
+        elif self.what == "experts":
+            kept = self._kept_experts(candidate, sizes, context)
         else:
             candidate = self._masked(candidate, model, sizes, context)
             kept = {one: kept_units(candidate, one, size) for one, size in sizes.items()}
-        whole = candidate.weights is None and self.what != "layers"
+        whole = candidate.weights is None and self.what not in ("layers", "experts")
         expected = computed(candidate, context) if whole else None
         smaller = reduced(candidate, kept)
         if expected is not None:
@@ -280,6 +279,16 @@ class Prune(BlockTechnique):
                 gone = set(blocks_to_go(candidate, one, count, self._by, samples, context))
             kept[one] = [number for number in range(one.size) if number not in gone]
         return kept
+
+    def _kept_experts(
+        self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
+    ) -> dict[Dimension, list[int]]:
+        forward, samples = forward_of(candidate, context), self._samples(context)
+        scores = expert_scores(
+            candidate.module, list(sizes), lambda: (forward(candidate.module, one) for one in samples)
+        )
+        most = {one: scores[one].argsort(descending=True, stable=True)[:size] for one, size in sizes.items()}
+        return {one: sorted(chosen.tolist()) for one, chosen in most.items()}
 
     def _masked(
         self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
@@ -378,14 +387,6 @@ class Prune(BlockTechnique):
 
 def _itself(values: Tensor) -> Tensor:
     return values
-
-
-def _meant(one: Dimension, target: str) -> bool:
-    """Say whether a target means a dimension: its name or its stack's, a pattern, or a part of the name."""
-    parts = set(one.name.split(".")) | set(one.stack.split("."))
-    return target in parts or any(
-        fnmatchcase(name, target) or name.startswith(f"{target}.") for name in (one.name, one.stack)
-    )
 
 
 def _shown(one: Dimension, layers: Mapping[str, LayerInfo]) -> LayerInfo:

@@ -7,8 +7,11 @@ dimension holds for it, and what none means stays whole.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from math import isfinite
 from typing import Any
+
+from gossamer.models.roles import Dimension
 
 Size = int | float | str  # a number of units or a share (50%, 0.5)
 Places = tuple[tuple[str, Size], ...]
@@ -68,3 +71,11 @@ def in_words(places: Places) -> str:
     counts = [size for size in sizes if not isinstance(size, str) and size >= 1]
     left = f"{sum(counts):g}" if len(counts) == len(sizes) else " and ".join(map(str, dict.fromkeys(sizes)))
     return f"{left} in {len(places)} place{'s' if len(places) > 1 else ''}"
+
+
+def meant(one: Dimension, target: str) -> bool:
+    """Say whether a target means a dimension: its name or its stack's, a pattern, or a part of the name."""
+    parts = set(one.name.split(".")) | set(one.stack.split("."))
+    return target in parts or any(
+        fnmatchcase(name, target) or name.startswith(f"{target}.") for name in (one.name, one.stack)
+    )
