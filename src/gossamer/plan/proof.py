@@ -371,4 +371,4 @@ def refused_by(runtime: Runtime, model: ModelMap, steps: Sequence[Technique]) ->
         if reason is not None:
             return f"{decision.layer.name}: {reason}"
     chosen = {decision.layer.name: decision.weight for decision in decisions if decision.weight is not None}
-    return runtime.refusal_together(model, chosen)
+    return runtime.refusal_together(after, chosen)

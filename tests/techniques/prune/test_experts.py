@@ -17,6 +17,7 @@ from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Dimension, ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model
+from gossamer.plan.proof import refused_by
 from gossamer.recipe import Step
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
@@ -145,3 +146,13 @@ def test_blocks_with_other_numbers_of_experts_are_refused(tmp_path: Path) -> Non
     first, second = experts_of(model)
     with pytest.raises(TechniqueError, match="one number of experts for all blocks"):
         reduced(candidate, {first: [0, 1], second: [0, 1, 2]})
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_experts_that_are_left_may_all_be_rounded(runtime: str, tmp_path: Path) -> None:
+    _, model = opened(TINY["qwen2_moe"], tmp_path)
+    steps = [
+        build(Step(technique="prune", settings={"what": "experts", "to": "75%"})),
+        build(Step(technique="quantize", settings={"bits": 8, "symmetric": True})),
+    ]
+    assert refused_by(get_runtime(runtime), model, steps) is None
