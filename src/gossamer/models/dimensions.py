@@ -311,7 +311,8 @@ def _experts(
         if fit is None or followers is None or not fit.change.numbers:
             notes.append(f"experts whose number the config does not say, so that none is cut: {named([ones[0].name])}")
             continue
-        least = max((stock.number(path) or 1 for path in stock.numbers if path[-1] in EXPERTS_OF_A_TOKEN), default=1)
+        asked = [stock.number(path) or 1 for path in stock.numbers if path[-1] in EXPERTS_OF_A_TOKEN]
+        least = max((number for number in asked if number <= count), default=1)
         for one in ones:
             parent = f"{one.name.rpartition('.')[0]}."
             place = next(layer for layer in layers if layer.experts == one.name)

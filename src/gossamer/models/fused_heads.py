@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -105,10 +105,10 @@ def _tried(
         return [next(tensors_in(tried(*args, **kwargs)))]
 
     with held(attention), _without_hooks(attention):
-        for number, order in enumerate(orders):
-            if proven(attention, [_inside(order)], run)[0]:
-                return number
-    return None
+        try:
+            return next((n for n, order in enumerate(orders) if proven(attention, [_inside(order)], run)[0]), None)
+        except (TypeError, RuntimeError):  # code of a user's own that cannot be copied
+            return None
 
 
 def _inside(order: Dimension) -> Dimension:
@@ -121,11 +121,12 @@ def _inside(order: Dimension) -> Dimension:
 def _call_of(
     module: nn.Module, attention: nn.Module, example: Mapping[str, Tensor], forward: Forward | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return what a pass hands to an attention; the pass ends there."""
+    """Return what a pass hands to an attention; the pass ends there. None where it is not copied or not reached."""
     calls = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        calls.append(copy.deepcopy((args, kwargs)))
+        with suppress(TypeError, RuntimeError):
+            calls.append(copy.deepcopy((args, kwargs)))
         raise _Seen
 
     hook = attention.register_forward_pre_hook(note, with_kwargs=True)
