@@ -296,8 +296,9 @@ def test_no_recipe_rounds_a_parameter_twice() -> None:
         (Gptq(bits=4), 64, 20, 20),
         (Gptq(bits=4, samples=100), 64, 128, 100),
         (LearnedRounding(bits=4), 64, 128, 64),
+        (Gptq(bits=4, bits_of=((8, ("q",)),)), 64, 128, 64),
     ],
-    ids=["enough", "fewest", "most", "all", "as asked", "outputs"],
+    ids=["enough", "fewest", "most", "all", "as asked", "outputs", "mixed"],
 )
 def test_as_many_samples_as_the_widest_layer_wants(step: Gptq, tokens: int, given: int, used: int) -> None:
     batches = [Batch({"input_ids": np.ones((1, tokens), np.int64)}, np.array([0])) for _ in range(given)]
