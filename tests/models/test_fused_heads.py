@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from gossamer.models.attention import fused_attention
 from gossamer.models.candidate import Candidate
 from gossamer.models.channel_trials import mask
 from gossamer.models.reduction import reduced, shrink_in_place
@@ -101,8 +102,22 @@ def test_orders_are_told_apart_and_cut_heads_are_masked_ones(
     shrink_in_place(cut, uneven)
     assert not torch.allclose(logits(masked), logits(module), atol=1e-3)
     torch.testing.assert_close(logits(cut), logits(masked), rtol=1e-4, atol=1e-5)
-    first = module.get_submodule(heads[0].name)
-    assert first.config is module.config if hasattr(first, "config") else True, "the model's own config stays"
+    count = "n_head" if build is gpt2 else "num_attention_heads"
+    assert getattr(cut.config, count) == 4, "the model's own config stays as it is"
+
+
+def test_attentions_with_heads_of_their_own_still_follow_the_model_s_kernel() -> None:
+    module = made(gpt2)
+    module.set_attn_implementation("eager")  # type: ignore[operator]
+    heads = [one for one in map_model(module, ROW).dimensions if one.kind == "heads"]
+    shrink_in_place(module, {heads[0]: [0, 1, 2], heads[1]: [3]})
+    configs = [module.get_submodule(one.name).config for one in heads]
+    assert [config.n_head for config in configs] == [3, 1]  # type: ignore[union-attr]
+    written_out = logits(module)
+    with fused_attention(module):
+        assert {config._attn_implementation for config in configs} == {"sdpa"}  # type: ignore[union-attr]
+        torch.testing.assert_close(logits(module), written_out, rtol=1e-4, atol=1e-5)
+    assert {config._attn_implementation for config in configs} == {"eager"}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("build", [bloom, falcon, big_code])

@@ -36,8 +36,19 @@ def _switched(module: nn.Module, before: str, now: str) -> Iterator[None]:
     if not isinstance(module, PreTrainedModel) or before == now or module.config._attn_implementation != before:
         yield
         return
-    module.set_attn_implementation(now)
+    _switch(module, now)
     try:
         yield
     finally:
-        module.set_attn_implementation(before)
+        _switch(module, before)
+
+
+def _switch(module: PreTrainedModel, now: str) -> None:
+    """Switch a model, and attentions that were cut to heads of their own and have a config of their own since."""
+    module.set_attn_implementation(now)
+    known = {id(part.config): part.config for part in module.modules() if isinstance(part, PreTrainedModel)}
+    switched = {type(config) for config in known.values() if config._attn_implementation == now}
+    for part in module.modules():
+        own = getattr(part, "config", None)
+        if type(own) in switched and id(own) not in known:
+            own._attn_implementation = now

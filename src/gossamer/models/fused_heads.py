@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -104,11 +104,11 @@ def _tried(
         args, kwargs = copy.deepcopy(call)  # a cache grows with every call
         return [next(tensors_in(tried(*args, **kwargs)))]
 
-    with held(attention), _without_hooks(attention):
-        try:
-            return next((n for n, order in enumerate(orders) if proven(attention, [_inside(order)], run)[0]), None)
-        except (TypeError, RuntimeError):  # code of a user's own that cannot be copied
-            return None
+    with held(attention):
+        alone = _copied(attention)
+    if alone is None:
+        return None
+    return next((n for n, order in enumerate(orders) if proven(alone, [_inside(order)], run)[0]), None)
 
 
 def _inside(order: Dimension) -> Dimension:
@@ -131,24 +131,26 @@ def _call_of(
 
     hook = attention.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with evaluating(module):
+        with evaluating(module), suppress(_Seen):
             forward(module, dict(example)) if forward is not None else module(**example)
-    except _Seen:
-        pass
     finally:
         hook.remove()
     return calls[0] if calls else None
 
 
-@contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Take off what hangs on a module (of a model read piece by piece: all of it), while the `with` lasts."""
+def _copied(module: nn.Module) -> nn.Module | None:
+    """Return a copy without what hangs on a module (where it is read piece by piece: all of the model).
+
+    None for code of a user's own that does not let itself be copied.
+    """
     names = ("_forward_hooks", "_forward_pre_hooks")
     kept = [(part, name, getattr(part, name)) for part in module.modules() for name in names]
     for part, name, hooks in kept:
         setattr(part, name, type(hooks)())
     try:
-        yield
+        return copy.deepcopy(module)
+    except (TypeError, RuntimeError):
+        return None
     finally:
         for part, name, hooks in kept:
             setattr(part, name, hooks)

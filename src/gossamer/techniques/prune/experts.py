@@ -2,8 +2,8 @@
 
     score of expert e = mean over the tokens x sent to it of g_e(x) |f_e(x)|
 
-with g_e the weight that the router gives it and f_e what it computes: Lasby et al., "REAP the Experts", 2025, section
-4. (How often an expert is asked tells little of what it says; one that no token was sent to scores 0.)
+with g_e the weight that the router gives it and f_e what it computes: Lasby et al., "REAP the Experts", 2025. One that
+no token was sent to scores 0.
 """
 
 from __future__ import annotations
