@@ -121,6 +121,23 @@ def test_the_step_keeps_those_that_add_most_and_stock_transformers_opens_it(tmp_
     assert smaller.applied == [step.entry()]
 
 
+def test_a_model_read_piece_by_piece_loses_the_same_and_is_read_once(tmp_path: Path) -> None:
+    whole, model = opened(TINY["olmoe"], tmp_path)
+    context = OTHERS["opened"](OTHERS["llama"]())[2]
+    step = build(Step(technique="prune", settings={"what": "experts", "to": "50%"}))
+    read: list[str] = []
+
+    def noted(name: str) -> torch.Tensor:
+        read.append(name)
+        return whole.source.read(name)
+
+    streamed = Candidate.streamed(whole.source, whole.source.skeleton(TASK), noted, 0)
+    pieces = step.apply(streamed, model, context)
+    router = "model.layers.1.mlp.gate.weight"
+    assert read.count("model.layers.1.mlp.experts.0.gate_proj.weight") <= 2, "not once for each sample"
+    torch.testing.assert_close(pieces.values(router), step.apply(whole, model, context).values(router))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -22,10 +22,12 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
+from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduction import reduced, reduced_map
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
+from gossamer.models.walker import Walker
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.block import Block
@@ -284,9 +286,10 @@ class Prune(BlockTechnique):
         self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
     ) -> dict[Dimension, list[int]]:
         forward, samples = forward_of(candidate, context), self._samples(context)
-        scores = expert_scores(
-            candidate.module, list(sizes), lambda: (forward(candidate.module, one) for one in samples)
-        )
+        # all samples pass a block before the next one is read
+        walker = Walker(candidate.module, forward, samples)
+        passes = partial(walker.outputs, find_stacks(candidate.module)[0], candidate.held)
+        scores = expert_scores(candidate.module, list(sizes), passes)
         most = {one: scores[one].argsort(descending=True, stable=True)[:size] for one, size in sizes.items()}
         return {one: sorted(chosen.tolist()) for one, chosen in most.items()}
 
