@@ -50,5 +50,5 @@ def _switch(module: PreTrainedModel, now: str) -> None:
     switched = {type(config) for config in known.values() if config._attn_implementation == now}
     for part in module.modules():
         own = getattr(part, "config", None)
-        if type(own) in switched and id(own) not in known:
+        if own is not None and type(own) in switched and id(own) not in known:
             own._attn_implementation = now
