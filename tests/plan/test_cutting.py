@@ -116,6 +116,11 @@ def test_a_goal_in_a_recipe_becomes_sizes_that_meet_it(graph_job: Job) -> None:
     after = resolved(graph_job.model, steps)[1]
     left = sum(layer.num_parameters for layer in after.layers if layer.stack is not None)
     assert 0.6 < left / sum(layer.num_parameters for layer in inside) <= 0.7
+    gated = settled(graph_job, tuple(resolve(Recipe.from_yaml("- gates: {params: 70%, epochs: 1}\n"))))
+    assert [set(step.entry()["gates"]) for step in gated] in ([{"ffn", "heads", "epochs"}], [{"ffn", "epochs"}])
+    of_gates = resolved(graph_job.model, gated)[1]
+    left = sum(layer.num_parameters for layer in of_gates.layers if layer.stack is not None)
+    assert 0.6 < left / sum(layer.num_parameters for layer in inside) <= 0.7
     untouched = tuple(resolve(Recipe.from_yaml("- quantize: {bits: 8}\n")))
     assert settled(graph_job, untouched) is untouched
 

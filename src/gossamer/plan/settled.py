@@ -1,4 +1,7 @@
-"""Put sizes in the place of a goal: `prune_until: {latency: 50%}` becomes `prune` steps with the size of each block."""
+"""Put sizes in the place of a goal: `prune_until: {latency: 50%}` becomes `prune` steps with the size of each block.
+
+So does the goal of `gates`, which is then given the sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from gossamer.plan.job import Job
 from gossamer.plan.proposed_cuts import in_words
 from gossamer.plan.specimens import layers_of
 from gossamer.techniques.base import Decision, resolved
-from gossamer.techniques.prune.until import PruneUntil
+from gossamer.techniques.prune.until import Until
 
 
 def settled(job: Job, steps: Steps) -> Steps:
@@ -20,24 +23,27 @@ def settled(job: Job, steps: Steps) -> Steps:
 
     Raises RecipeError where nothing can be cut or the least that is left is more than the goal.
     """
-    if not any(isinstance(step, PruneUntil) for step in steps):
+    if not any(isinstance(step, Until) and step.quantity for step in steps):
         return steps
     if job.team.size > 1:
         raise RunError(
-            f"`prune_until` measures in one process, {job.team.size} were started together",
+            f"a goal of latency or params is measured in one process, {job.team.size} were started together",
             "find the sizes with `gossamer plan` in one process, and give them: prune: {what: ffn, to: {...}}",
         )
     found: Steps = ()
     for number, step in enumerate(steps):
-        found = (*found, *(_cuts(job, step, steps[number + 1 :]) if isinstance(step, PruneUntil) else (step,)))
+        if isinstance(step, Until) and step.quantity:
+            found = (*found, *_cuts(job, step, steps[number + 1 :]))
+        else:
+            found = (*found, step)
     return found
 
 
-def _cuts(job: Job, step: PruneUntil, then: Steps) -> Steps:
-    choices = cutting(job, step.what)
+def _cuts(job: Job, step: Until, then: Steps) -> Steps:
+    choices = cutting(job, step.may_cut)
     if choices is None:
         raise RecipeError(
-            f"`{step.label()}`: {' and '.join(step.what)} of no block can be cut for {job.runtime.name}",
+            f"`{step.label()}`: {' and '.join(step.may_cut)} of no block can be cut for {job.runtime.name}",
             "`gossamer inspect` says why, by name; a runtime that holds a graph (onnxruntime) holds any sizes",
         )
     if step.quantity == "latency":
@@ -59,10 +65,10 @@ def _cuts(job: Job, step: PruneUntil, then: Steps) -> Steps:
         )
     left = 1 - choices.total(saved, sizes) / whole
     job.progress.say(f"{step.label()}: {in_words(sizes)}; predicted: {left:.1%} of {of} left")
-    return as_steps(sizes, job.model)
+    return step.with_sizes(as_steps(sizes, job.model))
 
 
-def _timed(job: Job, step: PruneUntil, then: Steps) -> tuple[str, Sequence[BlockTimes]]:
+def _timed(job: Job, step: Until, then: Steps) -> tuple[str, Sequence[BlockTimes]]:
     """Return the format that the blocks get from the steps behind, and the tables; float32 where it is not timed."""
     decisions: Sequence[Decision] = resolved(job.model, then)[0]
     tables = block_times(job, formats_of(job.model, [decisions]))

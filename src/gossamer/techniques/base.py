@@ -220,4 +220,10 @@ class Technique(BaseModel, ABC):
 
     def entry(self) -> dict[str, Any]:
         """Return the recipe entry: {name: settings that differ from the defaults}."""
-        return {self.name: self.model_dump(mode="json", exclude_defaults=True)}
+        defaults = {
+            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        }
+        changed = {name for name, default in defaults.items() if getattr(self, name) != default}
+        return {
+            self.name: self.model_dump(mode="json", include=changed)
+        }  # exclude_defaults forgets what has serializers

@@ -15,9 +15,8 @@ A constant rate in front of the sum changes no order, so there is none (the auth
 is masked keeps its value, so that it can come back while sparsity grows. A pattern n:m grows alike: of the weights that
 it takes out (the m - n smallest of every m neighbours) the smallest go first, and all of them at the end.
 
-Left out: soft movement pruning (a threshold on sigmoid(S), whose sparsity is found by trying penalties) and gates that
-are drawn at random (Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", 2018; Xia et al.,
-"Structured Pruning Learns Compact and Accurate Models", 2022): whole units are cut by `prune`.
+Left out: soft movement pruning (a threshold on sigmoid(S), whose sparsity is found by trying penalties). Gates that are
+drawn at random, for whole units: `gates`.
 
 Shape suffixes: O rows, I inputs, N weights.
 """
