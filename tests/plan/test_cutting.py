@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -200,6 +200,25 @@ def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:
     assert "classifier" not in covered
     _, fewer = resolved(model, [Prune(what="layers", remove=1)])
     assert change_of_blocks([table], model, fewer, [])[0] == -3.0
+    _, narrower = resolved(model, [Prune(what="width", to="50%")])
+    assert change_of_blocks([table], model, narrower, []) == (0.0, frozenset())  # timed at the width that there was
+
+
+def test_narrower_models_are_proposed_once_and_only_where_less_work_is_asked_for(graph_job: Job) -> None:
+    space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
+                        wanted=frozenset(("latency",)))  # fmt: skip
+    int8 = Quantize.model_validate({"bits": 8, "activations": "dynamic"})
+    for wanted, expected in ((space, 2 * 2), (replace(space, wanted=frozenset(("size",))), 0)):
+        cuts = SolvedCuts(graph_job, parse_goal("latency <= 10%"), cast("Any", None), wanted, [(int8,)])
+        found = cuts.narrower()
+        assert len(found) == expected
+        assert cuts.narrower() == []
+        for steps in found:
+            first, *_ = steps
+            assert isinstance(first, Prune)
+            assert first.what == "width"
+            after = resolved(graph_job.model, steps)[1]
+            assert after.num_parameters < 0.8 * graph_job.model.num_parameters
 
 
 @pytest.mark.slow

@@ -371,6 +371,21 @@ def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(
     assert menu.tables.proof_seconds == 1.0
 
 
+def test_narrower_models_are_looked_at_when_nothing_else_is_left(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.plan.menu.profile", lambda _job, _steps, known: known)
+    menu = menu_of("quality >= 99%", tables, job)
+    narrow: list[Any] = [[(INT4,)], []]
+    menu.cuts = SimpleNamespace(more=lambda known: (known, []), narrower=lambda: narrow.pop(0))  # type: ignore[assignment]
+    menu.open, menu.waiting = [], [(INT8,)]
+    assert menu.next_wave()
+    assert menu.open == [(INT8,)]
+    assert menu.next_wave()
+    assert menu.open == [(INT8,), (INT4,)]
+    assert not menu.next_wave()
+
+
 def test_cuts_are_asked_for_before_what_cannot_fit_is_looked_at(
     tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,8 +125,11 @@ def change_of_blocks(
 ) -> tuple[float, frozenset[str]]:
     """Return what a recipe adds to the seconds of the blocks in the tables, and the names of the layers in it.
 
-    `after` is the map of what it leaves. Blocks in a format that was not measured are not among them.
+    `after` is the map of what it leaves. Blocks in a format that was not measured are not among them, and none where
+    the stream that all of them share has become narrower.
     """
+    if _widths(model) != _widths(after):
+        return 0.0, frozenset()
     by_layer = {one.layer.name: one for one in decisions if one.weight is not None}
     depth = {stack.name: stack.num_blocks for stack in after.stacks}
     left = {(one.stack, one.block, place_of(one)): one.size for one in after.dimensions if one.block is not None}
@@ -143,6 +146,10 @@ def change_of_blocks(
             change += (here.of(sizes) if here is not None and not gone else 0.0) - table.seconds
             covered |= {layer.name for layer in layers}
     return change, frozenset(covered)
+
+
+def _widths(model: ModelMap) -> dict[str, int]:
+    return {one.name: one.size for one in model.dimensions if one.kind == "width"}
 
 
 def _measure(

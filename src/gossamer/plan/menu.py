@@ -58,19 +58,18 @@ class Menu:
     def next_wave(self) -> bool:
         """Profile the next recipes; return False when none is waiting.
 
-        Where a second wave is asked for, what leaves the shapes alone is not likely to do: recipes that cut come next.
+        Where a second wave is asked for, what leaves the shapes alone is not likely to do: recipes that cut come next;
+        those that make the whole model narrower when there are no others.
         """
         if self.cuts is not None and (self.waves or not self.waiting):
             self.tables, more = self.cuts.more(self.tables)
             self.waiting[:0] = sorted(filter(self._fits, more), key=lambda steps: -self._bytes(steps))
             if not self.waiting and not self.waves:
                 self.waiting = self._nearest
-        size = WAVE if self.job.budget is None else STREAMED_WAVE
-        wave: list[Steps] = []
-        while self.waiting and len(wave) < size:
-            steps = self.waiting.pop(0)
-            if self.possible(steps):
-                wave.append(steps)
+        wave = self._taken_from_waiting()
+        if not wave and self.cuts is not None:
+            self.waiting = sorted(filter(self._fits, self.cuts.narrower()), key=lambda steps: -self._bytes(steps))
+            wave = self._taken_from_waiting()
         if not wave:
             return False
         self._profile(wave)
@@ -79,6 +78,16 @@ class Menu:
         self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
         self.open += [*wave, *now_known]
         return True
+
+    def _taken_from_waiting(self) -> list[Steps]:
+        """Return the first recipes that can be carried out now, as many as are profiled together."""
+        size = WAVE if self.job.budget is None else STREAMED_WAVE
+        wave: list[Steps] = []
+        while self.waiting and len(wave) < size:
+            steps = self.waiting.pop(0)
+            if self.possible(steps):
+                wave.append(steps)
+        return wave
 
     def add(self, recipes: Sequence[Steps]) -> None:
         """Put recipes on the menu that measuring has made worth a look; those that are on it or were taken stay so."""

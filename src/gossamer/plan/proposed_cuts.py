@@ -78,7 +78,7 @@ class SolvedCuts:
         self.goal = goal
         self.space = space
         self.tables = tables
-        self._waits = bool(space.wanted & LESS_WORK) and space.calibration_rows >= LEAST_ROWS
+        self._waits = self._may_narrow = bool(space.wanted & LESS_WORK) and space.calibration_rows >= LEAST_ROWS
         self.without = without
         self._solver: _Solver | None = None
 
@@ -102,6 +102,22 @@ class SolvedCuts:
 
     def _cut_by_shares(self) -> list[Steps]:
         return [steps for steps in self._shares() if any(map(cuts_solved_for, steps)) and self._held(steps)]
+
+    def narrower(self) -> list[Steps]:
+        """Return recipes that cut the width of the residual stream, which all blocks share; none when asked again.
+
+        They lose the most for what they save, before training as much as on the way: the last that are looked at.
+        """
+        if not self._may_narrow:
+            return []
+        self._may_narrow = False
+        found: list[Steps] = []
+        for step in Prune.narrowing(self.space):
+            for steps in ((), *(one for one in self.without if not any(isinstance(each, Prune) for each in one))):
+                narrow = joined((step,), steps, self.space) if steps else (step,)
+                if narrow is not None and self._held(narrow):
+                    found.append(narrow)
+        return found
 
     def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
         """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.

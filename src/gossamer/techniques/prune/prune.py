@@ -53,6 +53,7 @@ PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "layers": ("83%", "67%", "50%"),
     "channels": ("75%", "62%", "50%"),
 }
+NARROWER = ("75%", "50%")
 By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
 DEFAULT_BY: dict[Cuttable, By] = {"layers": "influence", "width": "activation", "experts": "activation"}  # else obs
 
@@ -371,6 +372,12 @@ class Prune(BlockTechnique):
             yield from ((step,) for step in found[kind])
         for kinds in (("heads", "ffn"), ("layers", "ffn")):
             yield from product(*(found[kind] for kind in kinds))
+
+    @classmethod
+    def narrowing(cls, space: SearchSpace) -> list[Prune]:
+        """Return the cuts of the stream's width that the runtime can hold: what `candidates` leaves for the end."""
+        steps = [cls.model_validate({"what": "width", "to": share}) for share in NARROWER]
+        return [step for step in steps if step._fits(space)]
 
     def _fits(self, space: SearchSpace) -> bool:
         """Say whether the model has such units, so many of them, and the runtime a place for what is left."""
