@@ -263,6 +263,15 @@ def test_only_a_shortfall_in_quality_alone_is_repaired(tables: Tables) -> None:
         assert short_in_quality_alone(judge_measured(goal, found, tables.original)) == alone
 
 
+def test_a_time_that_is_undecided_keeps_no_repair_away(tables: Tables) -> None:
+    goal = parse_goal("quality >= 99%, latency <= 40%")
+    low, good = Figure(value=0.5, low=0.4, high=0.6, n=100, higher_is_better=True), Figure.exact(1, "")
+    cases = ((low, timed(0.35, 0.45), True), (low, timed(0.45, 0.5), False), (good, timed(0.35, 0.45), False))
+    for share, ratio, alone in cases:
+        found = measured(tables.original, quality=share, metric=share, **{"latency p50 ratio": ratio})
+        assert short_in_quality_alone(judge_measured(goal, found, tables.original)) == alone
+
+
 def timed(low: float, high: float) -> Figure:
     return Figure(value=(low + high) / 2, low=low, high=high, n=20)
 
