@@ -46,6 +46,7 @@ def inputs_of(speaker: Path, runtime: str = "torch") -> Inputs:
                   threads=1, calibration_rows=16)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # four processes are started, one after another
 def test_experts_are_rounded_proven_and_reported_whole_and_piece_by_piece(
     speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -48,7 +48,7 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param([PRUNED, ["distill", {**SHORT, "rate": 5e-4}]], id="distill"),
+        pytest.param([PRUNED, ["distill", {**SHORT, "rate": 5e-4}]], id="distill", marks=pytest.mark.slow),
         pytest.param(
             [NARROW, ["distill", {**SHORT, "rate": 5e-4, "projection": "learned", "relations": 1}]],
             id="narrower",
@@ -96,7 +96,7 @@ def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) 
     ("processes", "others", "settings"),
     [
         pytest.param(2, 1, SHORT, id="fewer", marks=pytest.mark.slow),
-        pytest.param(1, 2, SHORT, id="more"),
+        pytest.param(1, 2, SHORT, id="more", marks=pytest.mark.slow),
         pytest.param(2, 3, {**SPLIT, "batch_size": 24, "micro_batch": 4}, id="split anew", marks=pytest.mark.slow),
     ],
 )

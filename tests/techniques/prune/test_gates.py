@@ -117,7 +117,7 @@ def test_places_are_closed_to_any_share(share: float, scores: list[float]) -> No
     ("settings", "left"),
     [
         ({"ffn": "50%"}, {"intermediate_size": 32, "num_key_value_heads": 2}),
-        ({"heads": "50%"}, {"num_attention_heads": 2, "num_key_value_heads": 1}),
+        pytest.param({"heads": "50%"}, {"num_attention_heads": 2, "num_key_value_heads": 1}, marks=pytest.mark.slow),
         ({"ffn": 25, "multiple": 8}, {"intermediate_size": 32}),
         ({"ffn": "50%", "heads": "50%"}, {"intermediate_size": 32, "num_attention_heads": 2}),
     ],
@@ -171,7 +171,9 @@ def test_what_is_not_better_is_the_start_without_its_smallest_units() -> None:
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
-@pytest.mark.parametrize("step", [pytest.param(20, id="while gates close"), pytest.param(60, id="behind")])
+@pytest.mark.parametrize(
+    "step", [pytest.param(20, id="while gates close"), pytest.param(60, id="behind", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
