@@ -129,5 +129,7 @@ class GossamerOfSize(Gossamer):
         assert isinstance(base, CalibratedGrid)
         mixed = within(job, base, base.resolve(job.model), 1e6 * self.megabytes - total)
         if mixed is None:
-            raise ValueError(f"no widths reach {self.megabytes:g} MB: with those asked for it is {total / 1e6:.1f} MB")
+            raise ValueError(
+                f"no widths reach {self.megabytes:g} MB; in {base.bits} bits everywhere it is {total / 1e6:.1f} MB"
+            )
         return (mixed, *others)
