@@ -24,6 +24,7 @@ from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.prune import masking
 from gossamer.techniques.prune.blocks import skipped
 from gossamer.techniques.prune.prune import Prune
+from gossamer.techniques.prune.same import cut_out
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.registry import resolve
 
@@ -220,7 +221,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(tmp_path: Path, m
 
 def test_units_in_another_order_than_was_thought_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     candidate, model, context = opened(llama())
-    reduced = Prune.apply.__globals__["reduced"]
+    reduced = cut_out.__globals__["reduced"]
 
     def shuffled(candidate: Candidate, kept: Any) -> Candidate:
         smaller: Candidate = reduced(candidate, kept)
@@ -228,7 +229,7 @@ def test_units_in_another_order_than_was_thought_are_noticed(monkeypatch: pytest
         weight.copy_(weight.flip(0))
         return smaller
 
-    monkeypatch.setitem(Prune.apply.__globals__, "reduced", shuffled)
+    monkeypatch.setitem(cut_out.__globals__, "reduced", shuffled)
     with pytest.raises(TechniqueError, match="in another order than was thought"):
         Prune(what="ffn", to="50%").apply(candidate, model, context)
 
