@@ -102,6 +102,21 @@ def stop_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
     return reached
 
 
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of every step that is taken from here on."""
+    from gossamer.train import watch
+
+    taken: list[int] = []
+    before: Callable[..., None] = watch.Watch.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        taken.append(state.global_step)
+        before(self, args, state, control, **more)
+
+    monkeypatch.setattr(watch.Watch, "on_step_end", on_step_end)
+    return taken
+
+
 def llama(num_layers: int = 2, *, tied: bool = True, biases: bool = False) -> LlamaForCausalLM:
     """Return a tiny language model, four times louder than random ones are: rounding and cutting it shows."""
     torch.manual_seed(0)

@@ -29,7 +29,6 @@ from gossamer.techniques.prune.gating import (
 )
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.registry import build, resolve
-from gossamer.train import watch
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "tiny_candidates.py"))
 llama, rows, Told = TINY["llama"], TINY["rows_to_learn"], TINY["Told"]
@@ -186,16 +185,9 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "cut")
     monkeypatch.undo()
-    first: list[int] = []
-    before: Callable[..., None] = watch.Watch.on_step_end
-
-    def began(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        first.append(state.global_step)
-        before(self, args, state, control, **more)
-
-    monkeypatch.setattr(watch.Watch, "on_step_end", began)
+    taken = TINY["steps_taken"](monkeypatch)
     again = run_in(tmp_path / "cut")
-    assert first[0] > 10  # the steps before the last checkpoint are not repeated
+    assert taken[0] > 10  # the steps before the last checkpoint are not repeated
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -182,16 +181,9 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_bytes(
         run_in(tmp_path / "cut")
     monkeypatch.undo()
     assert any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
-    first: list[int] = []
-    before: Callable[..., None] = watch.Watch.on_step_end
-
-    def began(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        first.append(state.global_step)
-        before(self, args, state, control, **more)
-
-    monkeypatch.setattr(watch.Watch, "on_step_end", began)
+    taken = TINY["steps_taken"](monkeypatch)
     again = run_in(tmp_path / "cut")
-    assert first[0] > 10  # the steps before the last checkpoint are not repeated
+    assert taken[0] > 10  # the steps before the last checkpoint are not repeated
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     assert not any((tmp_path / "cut" / "cache").rglob("checkpoint-*"))
 

@@ -7,10 +7,11 @@ smaller pieces, which have to learn what it meant. The original is run beside th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -21,7 +22,14 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
-from gossamer.train.lesson import Plan
+from gossamer.train.lesson import Plan, Schedule
+
+
+class Leaving(Schedule, Protocol):
+    """A schedule that takes something out of the student while it is trained."""
+
+    def at_once(self) -> None:
+        """Take out now what is gone at the end, chosen without training."""
 
 
 class Distill(TrainingTechnique):
@@ -86,6 +94,39 @@ class Distill(TrainingTechnique):
         outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
         told = self._told(outcome, lesson, context, otherwise="the weights stay as they were")
         return told, values_of(candidate.module)
+
+    def _trained_without(
+        self,
+        candidate: Candidate,
+        context: Context,
+        checkpoints: Path,
+        leaving: AbstractContextManager[Leaving],
+        words: tuple[str, str, str],
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Train in place while something goes out of the student; return what came of it: three losses, and the values.
+
+        The start, which has all, is no outcome: what has lost it is judged, against the start that loses it at once.
+        `words` say what the start has, what is taken from it at once, and what is left where training was not better.
+        """
+        from gossamer.train.loop import judge, train  # transformers' Trainer takes seconds to import
+
+        lesson, plan = self._lesson(candidate, context), self._plan_of(candidate, context)
+        whole = judge(lesson, plan, context.team)
+        with leaving as schedule:
+            schedule.at_once()
+            lesson.schedule = schedule
+            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
+            if not outcome.better:
+                schedule.at_once()
+        everything, at_once, otherwise = words
+        verdict = "" if outcome.better else f": {otherwise}, the others stay as they were"
+        context.progress.say(
+            f"{self.name}: loss on {len(lesson.judged)} rows held back {whole:.3e} with {everything}, "
+            f"{outcome.before:.3e} {at_once}, "
+            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
+        )
+        found = {"whole": whole, "before": outcome.before, "after": outcome.after, "steps": outcome.steps}
+        return {**found, "kept": outcome.better}, values_of(candidate.module)
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:

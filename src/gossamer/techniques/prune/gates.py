@@ -18,7 +18,7 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.reduction import reduced_map
 from gossamer.models.roles import Cuttable, Dimension, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.distill.distill import Distill, values_of
+from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.prune.gating import closing_gates
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.readers import kept_units
@@ -121,24 +121,9 @@ class Gates(Until, Distill):
         self, candidate: Candidate, model: ModelMap, context: Context, checkpoints: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train in place, and return what came of it: three losses, and the values, zero for what goes."""
-        from gossamer.train.loop import judge, train  # transformers' Trainer takes seconds to import
-
-        lesson, plan = self._lesson(candidate, context), self._plan_of(candidate, context)
-        whole = judge(lesson, plan, context.team)
-        with closing_gates(candidate.module, self.sizes(model), rest=self.rest, seed=context.seed) as gates:
-            gates.at_once()
-            lesson.schedule = gates
-            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
-            if not outcome.better:
-                gates.at_once()
-        verdict = "" if outcome.better else ": the smallest units of the start are gone, the others stay as they were"
-        context.progress.say(
-            f"{self.name}: loss on {len(lesson.judged)} rows held back {whole:.3e} with all units, "
-            f"{outcome.before:.3e} without the smallest at once, "
-            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
-        )
-        found = {"whole": whole, "before": outcome.before, "after": outcome.after, "steps": outcome.steps}
-        return {**found, "kept": outcome.better}, values_of(candidate.module)
+        gates = closing_gates(candidate.module, self.sizes(model), rest=self.rest, seed=context.seed)
+        words = "all units", "without the smallest at once", "the smallest units of the start are gone"
+        return self._trained_without(candidate, context, checkpoints, gates, words)
 
     @property
     def _parts(self) -> list[Prune]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
-from gossamer.techniques.distill.distill import Distill, values_of
+from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.prune.growing import By, Growth, Within, growing_masks
 from gossamer.techniques.prune.masks import PatternText, read_pattern
 from gossamer.techniques.prune.sparsify import sparse_decisions
@@ -100,24 +100,10 @@ class Gradual(Distill):
         self, candidate: Candidate, model: ModelMap, context: Context, checkpoints: Path
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Train in place, and return what came of it: three losses, and the values."""
-        from gossamer.train.loop import judge, train  # transformers' Trainer takes seconds to import
-
-        lesson, plan = self._lesson(candidate, context), self._plan_of(candidate, context)
-        whole = judge(lesson, plan, context.team)
-        with growing_masks(candidate.module, self.resolve(model), self._growth) as masks:
-            masks.at_once()
-            lesson.schedule = masks
-            outcome = train(lesson, plan, checkpoints, context.progress, label=self.name, team=context.team)
-            if not outcome.better:
-                masks.at_once()
-        verdict = "" if outcome.better else ": the smallest of the start are gone, the others stay as they were"
-        context.progress.say(
-            f"{self.name}: loss on {len(lesson.judged)} rows held back {whole:.3e} with all weights, "
-            f"{outcome.before:.3e} with {self.pattern or f'{self.sparsity:.0%}'} gone at once by magnitude, "
-            f"{outcome.after:.3e} after {outcome.steps} steps{verdict}"
-        )
-        found = {"whole": whole, "before": outcome.before, "after": outcome.after, "steps": outcome.steps}
-        return {**found, "kept": outcome.better}, values_of(candidate.module)
+        gone = f"with {self.pattern or f'{self.sparsity:.0%}'} gone at once by magnitude"
+        masks = growing_masks(candidate.module, self.resolve(model), self._growth)
+        words = "all weights", gone, "the smallest of the start are gone"
+        return self._trained_without(candidate, context, checkpoints, masks, words)
 
     @property
     def _growth(self) -> Growth:
