@@ -77,6 +77,20 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: list[Any]) -> None:
         assert [value == 0 for value in first["weights"][name]] == [value == 0 for value in weights], name
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_gates_shut_the_same_units_in_all_processes(tmp_path: Path) -> None:
+    recipe = [["gates", {**SHORT, "epochs": 2, "rate": 5e-4, "ffn": "50%"}]]
+    (alone,) = trained(tmp_path / "alone", recipe, 1)
+    first, second = trained(tmp_path / "both", recipe, 2)
+    assert first["weights"] == second["weights"]
+    assert first["losses"] == second["losses"]
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=0.02)
+    assert {name: len(one) for name, one in first["weights"].items()} == {
+        name: len(one) for name, one in alone["weights"].items()
+    }
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("by", [pytest.param("magnitude", marks=pytest.mark.slow), "movement"])
 def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) -> None:

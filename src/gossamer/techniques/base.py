@@ -220,10 +220,8 @@ class Technique(BaseModel, ABC):
 
     def entry(self) -> dict[str, Any]:
         """Return the recipe entry: {name: settings that differ from the defaults}."""
-        defaults = {
-            name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()
+        fields = type(self).model_fields.items()  # pydantic's exclude_defaults keeps those that have a serializer
+        changed = {
+            name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
         }
-        changed = {name for name, default in defaults.items() if getattr(self, name) != default}
-        return {
-            self.name: self.model_dump(mode="json", include=changed)
-        }  # exclude_defaults forgets what has serializers
+        return {self.name: self.model_dump(mode="json", include=changed)}

@@ -7,15 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import Member
+from gossamer.models.source import Source
+from gossamer.models.structure import map_model
 from gossamer.recipe import Recipe, Step
 from gossamer.run.workspace import Run
+from gossamer.tasks import get_task
+from gossamer.tasks.base import Batch
+from gossamer.techniques.base import Context
 from gossamer.techniques.prune.gates import Gates
 from gossamer.techniques.prune.gating import (
     OPEN,
@@ -140,6 +147,27 @@ def test_units_that_do_nothing_go_however_large_their_weights_are() -> None:
     idle = [int((block.mlp.up_proj.weight == 0).all(1).sum()) for block in found.module.model.layers]
     assert [block.mlp.up_proj.weight.shape[0] for block in found.module.model.layers] == [32, 32]
     assert max(idle) <= 4  # all 32 by magnitude
+
+
+def test_channels_of_convolutions_go_too() -> None:
+    torch.manual_seed(0)
+    config = hf.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", image_size=32, num_labels=3
+    )
+    network, task = hf.ResNetForImageClassification(config).eval(), get_task("image-classification")
+    draw = np.random.default_rng(0)
+    pictures = [{"pixel_values": draw.standard_normal((1, 3, 32, 32)).astype(np.float32)} for _ in range(80)]
+    batches = [Batch(inputs, np.array([index])) for index, inputs in enumerate(pictures)]
+    source = Source.open(network, forward=lambda module, inputs: module(**inputs).logits)
+    module = source.module(task)
+    model = map_model(module, {"pixel_values": torch.from_numpy(pictures[0]["pixel_values"])}, source.forward)
+    context = Context(
+        task=task, example=pictures[0], calibration=batches[:16], progress=Told(), training=lambda: batches
+    )
+    step = Gates.model_validate({"channels": "50%", **SHORT, "epochs": 1})
+    found = step.apply(Candidate(source=source, module=module), model, context)  # which checks what it computes
+    assert sum(values.numel() for values in found.module.parameters()) == step.after(model).num_parameters
+    assert step.after(model).num_parameters < 0.3 * model.num_parameters
 
 
 def test_three_losses_are_said_and_only_what_lost_its_units_is_judged() -> None:
