@@ -20,7 +20,7 @@ from gossamer.goal import parse_goal
 from gossamer.models.roles import Dimension
 from gossamer.plan import block_times as timing
 from gossamer.plan import proposed_cuts
-from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks
+from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks, formats_of
 from gossamer.plan.candidates import recipes
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
 from gossamer.plan.flow import make_tables
@@ -36,6 +36,7 @@ from gossamer.runtimes import get_runtime
 from gossamer.techniques.base import SearchSpace, resolved
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.until import PruneUntil
+from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import resolve
 
@@ -185,6 +186,26 @@ def test_the_table_of_times_is_measured_once(job: Job, briefly: None) -> None:
     assert table.of({"ffn": sizes[0]}) <= table.of({"ffn": 100}) <= table.seconds
     assert block_times(job, {}) == tables
     assert [entry["kind"] for entry in job.run.journal() if entry["event"] == "finished"].count("block-times") == 1
+
+
+@pytest.mark.slow
+def test_formats_that_compute_in_float32_are_timed_uncut(graph_job: Job, briefly: None) -> None:
+    del briefly
+    int4, int8 = (Quantize.model_validate(one) for one in ({"bits": 4, "group_size": 16}, {"activations": "dynamic"}))
+    space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
+                        wanted=frozenset(("latency",)))  # fmt: skip
+    proposed = [(int4,), (int4, Cast(dtype="fp16")), (int8,), (Prune(what="layers", remove=1), int8)]
+    tables = {table.format: table for table in proposed_cuts.tables_of_blocks(graph_job, space, proposed)}
+    whole, thin, _ = tables[FLOAT], *(tables[block_label(graph_job, one)] for one in (int4, int8))
+    assert len(tables) == 3
+    ratio = thin.seconds / whole.seconds
+    for place, known in whole.cut.items():
+        assert thin.cut[place] == tuple((size, pytest.approx(ratio * seconds)) for size, seconds in known)
+
+
+def block_label(job: Job, step: Quantize) -> str:
+    (label,) = formats_of(job.model, [step.resolve(job.model)])
+    return label
 
 
 def test_blocks_in_the_table_are_predicted_by_it(graph_job: Job) -> None:

@@ -355,9 +355,44 @@ def test_a_few_waves_are_looked_at_before_a_recipe_is_tried_that_is_predicted_to
     doubtful = [Ranked((INT4,), predict(tables, [INT4]), -1.0)]
     assert menu.wants_more(doubtful)
     assert not menu.wants_more([*doubtful, Ranked((INT8,), predict(tables, [INT8]), 0.1)])
+    assert not menu.wants_more(doubtful, hurried=True)
     menu.waves = 4
     assert not menu.wants_more(doubtful)
-    assert menu.wants_more([Ranked((INT2,), predict(tables, [INT2]), -3.0)])
+    hopeless = [Ranked((INT2,), predict(tables, [INT2]), -3.0)]
+    assert menu.wants_more(hopeless)
+    assert menu.wants_more(hopeless, hurried=True)
+
+
+def test_nothing_is_spent_on_what_is_far_too_slow_while_there_is_something_else(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.plan.menu.profile", lambda _job, _steps, known: known)
+    quick, slow = predict(tables, [INT8]).latency_share, predict(tables, [HALF]).latency_share
+    assert quick < 0.8 * slow
+    goal = f"latency <= {100 * slow / 1.35:.6f}%"  # missed by more than predictions usually miss
+    blocks = (BlockTimes(stack="blocks", blocks=(0,), format="int8", seconds=1.0, cut={}),)
+    for known, seen in ((tables, [(HALF,), (INT8,)]), (replace(tables, blocks=blocks), [(INT8,)])):
+        menu = menu_of(goal, known, job)
+        menu.open, menu.waiting = [], [(HALF,), (INT8,)]
+        assert menu.next_wave()
+        assert menu.open == seen
+    menu = menu_of(f"latency <= {100 * quick / 2:.6f}%", replace(tables, blocks=blocks), job)
+    menu.open, menu.waiting = [], [(HALF,), (INT8,)]
+    assert menu.next_wave()  # there is nothing else: the quickest first
+    assert menu.open == [(INT8,), (HALF,)]
+    assert not menu.next_wave()
+
+
+def test_where_rounding_leaves_too_much_time_cuts_are_asked_for_at_once(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.plan.menu.profile", lambda _job, _steps, known: known)
+    for goal, first in (("latency <= 60%", (INT8,)), ("latency <= 10%", (INT4,)), ("throughput >= 1000%", (INT4,))):
+        menu = menu_of(goal, tables, job)
+        menu.cuts = SimpleNamespace(more=lambda known: (known, [(INT4,)]))  # type: ignore[assignment]
+        menu.open, menu.waiting = [], [(INT8,)]
+        assert menu.next_wave()
+        assert menu.open[0] == first
 
 
 def test_recipes_that_cut_are_asked_for_where_a_second_wave_is(

@@ -7,6 +7,7 @@ for additive. Each entry is timed in turns with the uncut blocks in float32, in 
 whose latency is the goal's: a ratio, which drift does not touch. Seconds come from the whole model, unchanged, of whose
 time its blocks take their share of the multiply-accumulates. Some sizes are measured, those between lie on straight
 lines; fewer units are never slower (the table is made monotone by isotonic regression, which takes out what is noise).
+Formats that hold weights in fewer bits and compute in float32 are timed uncut: cut, they take as much less as float32.
 What is no block (stem, head) is in no table: a prediction starts from the whole model, unchanged, and adds what becomes
 of its blocks.
 """
@@ -59,13 +60,17 @@ class BlockTimes(Record):
         return max(LEAST_LEFT * self.seconds, found)
 
 
-def block_times(job: Job, formats: Mapping[str, Sequence[Decision]]) -> tuple[BlockTimes, ...]:
+def block_times(
+    job: Job, formats: Mapping[str, Sequence[Decision]], uncut: Mapping[str, Sequence[Decision]] | None = None
+) -> tuple[BlockTimes, ...]:
     """Return the tables of every kind of block in float32 and in other formats, measured once for each run folder.
 
-    `formats` are the decisions that make each (see `block_format`). None for a model that is read piece by piece.
+    `formats` are the decisions that make each (see `block_format`), `uncut` those of formats that are timed uncut
+    alone. None for a model that is read piece by piece.
     """
     if job.budget is not None:
         return ()
+    whole_only = dict(uncut or {}) if job.runtime.holds_layers else {}
     wanted = {FLOAT: [], **formats} if job.runtime.holds_layers else {FLOAT: []}
     found: list[BlockTimes] = []
     kinds = block_kinds(job.model, job.runtime)
@@ -73,12 +78,14 @@ def block_times(job: Job, formats: Mapping[str, Sequence[Decision]]) -> tuple[Bl
     for kind in kinds:
 
         def build(folder: Path, kind: BlockKind = kind) -> list[dict[str, Any]]:
-            return [table.model_dump(mode="json") for table in _measure(job, kind, wanted, whole, folder)]
+            tables = _measure(job, kind, wanted, whole_only, whole, folder)
+            return [table.model_dump(mode="json") for table in tables]
 
         inputs = job.step_inputs(
             runtime=job.runtime.name,
             threads=job.threads,
             formats=sorted(wanted),
+            uncut=sorted(whole_only),
             blocks=[kind.stack, *kind.blocks],
             places=sorted(kind.places),
             request={name: list(values.shape) for name, values in job.latency_inputs.items()},
@@ -153,7 +160,12 @@ def _widths(model: ModelMap) -> dict[str, int]:
 
 
 def _measure(
-    job: Job, kind: BlockKind, formats: Mapping[str, Sequence[Decision]], whole: float, folder: Path
+    job: Job,
+    kind: BlockKind,
+    formats: Mapping[str, Sequence[Decision]],
+    uncut: Mapping[str, Sequence[Decision]],
+    whole: float,
+    folder: Path,
 ) -> Iterable[BlockTimes]:
     """Time one kind of block of a model that takes `whole` seconds; `folder` is left empty."""
     measured = {
@@ -167,19 +179,27 @@ def _measure(
     seconds: dict[tuple[str, str | None, int], float] = {(FLOAT, None, 0): 1.0}
     label = f"timing blocks of each size in {job.runtime.name}"
     entries = [(name, place, size) for place, size in cuts for name in formats]
+    entries += [(name, None, 0) for name in uncut]
     with (
         job.serve(served_from) as reference,
         job.serve(served_from) as other,
         job.progress.stage(label, len(entries) - 1) as advance,
     ):
         for name, place, size in entries[1:]:
-            specimen = workshop.specimen(place, size, formats[name])
+            specimen = workshop.specimen(place, size, {**formats, **uncut}[name])
             other.reopen(_written(job, specimen, folder / "cut"))
             seconds[name, place, size] = _in_turns(other, reference, specimen, baseline)
             shutil.rmtree(folder / "cut")
             advance(1)
     shutil.rmtree(served_from)
-    return list(_tables(job, kind, formats, measured, seconds, whole))
+    tables = list(_tables(job, kind, formats, measured, seconds, whole))
+    return [*tables, *(_as_float(tables[0], name, seconds[name, None, 0]) for name in uncut)]
+
+
+def _as_float(table: BlockTimes, name: str, ratio: float) -> BlockTimes:
+    """Return the table of a format that takes `ratio` times as long as float32 at every size."""
+    cut = {place: tuple((size, ratio * seconds) for size, seconds in known) for place, known in table.cut.items()}
+    return table.model_copy(update={"format": name, "seconds": ratio * table.seconds, "cut": cut})
 
 
 def _tables(

@@ -6,20 +6,23 @@ A recipe that falls short in quality alone is looked at again with each repair t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gossamer.goal import Goal
 from gossamer.plan.candidates import Steps, repaired
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, predicted_bytes
+from gossamer.plan.predict import Corrections, Tables, predicted_bytes, predicted_latency
 from gossamer.plan.profile import profile
-from gossamer.plan.proposed_cuts import SolvedCuts
-from gossamer.plan.ranking import COUNTED, HOPELESS, LIKELY, Ranked, in_order, original_values, rank
+from gossamer.plan.proposed_cuts import TIMED, SolvedCuts, allowed_seconds
+from gossamer.plan.ranking import COUNTED, HOPELESS, LIKELY, USUAL_MISS, Ranked, in_order, original_values, rank
 from gossamer.techniques.base import SearchSpace, resolved
 
 WAVE = 12  # recipes that are profiled together
 DOUBTFUL, DOUBTFUL_WAVES = -0.5, 4  # a promise below which so many waves are looked at before anything is tried
+HARSH = 0.35  # of the unchanged model's time: less than rounding alone usually leaves
+FAR_OVER = 1 - HOPELESS * USUAL_MISS["latency"]  # times the seconds that a goal allows
 STREAMED_WAVE = 2  # of a model that is read piece by piece: each takes a pass over all of it
 
 
@@ -50,6 +53,7 @@ class Menu:
         self._nearest = sized[-WAVE:]  # what there is where nothing fits: the smallest
         self.waiting = fitting or ([] if cuts is not None else self._nearest)  # cuts may make something fit
         self.open: list[Steps] = []
+        self.slow: list[Steps] = []  # set aside: predicted to take far longer than asked
         self.waves = 0
         self.short: list[Steps] = []  # tried, and short in quality alone
         self.repaired: dict[Steps, list[Steps]] = {}  # recipe -> it with each repair that there is
@@ -58,10 +62,11 @@ class Menu:
     def next_wave(self) -> bool:
         """Profile the next recipes; return False when none is waiting.
 
-        Where a second wave is asked for, what leaves the shapes alone is not likely to do: recipes that cut come next;
-        those that make the whole model narrower when there are no others.
+        Where a second wave is asked for, or the goal asks for less time than rounding leaves, what leaves the shapes
+        alone is not likely to do: recipes that cut come next; those that make the whole model narrower when there are
+        no others. What is far too slow is looked at where there is nothing else.
         """
-        if self.cuts is not None and (self.waves or not self.waiting):
+        if self.cuts is not None and (self.waves or not self.waiting or self._seconds_left < HARSH):
             self.tables, more = self.cuts.more(self.tables)
             self.waiting[:0] = sorted(filter(self._fits, more), key=lambda steps: -self._bytes(steps))
             if not self.waiting and not self.waves:
@@ -70,6 +75,8 @@ class Menu:
         if not wave and self.cuts is not None:
             self.waiting = sorted(filter(self._fits, self.cuts.narrower()), key=lambda steps: -self._bytes(steps))
             wave = self._taken_from_waiting()
+        if not wave and not self.open and not self.taken:
+            wave = sorted(self.slow, key=self._seconds)[:WAVE]
         if not wave:
             return False
         self._profile(wave)
@@ -85,7 +92,9 @@ class Menu:
         wave: list[Steps] = []
         while self.waiting and len(wave) < size:
             steps = self.waiting.pop(0)
-            if self.possible(steps):
+            if self.tables.blocks and self._seconds(steps) > FAR_OVER * self._allowed:
+                self.slow.append(steps)
+            elif self.possible(steps):
                 wave.append(steps)
         return wave
 
@@ -153,20 +162,38 @@ class Menu:
             self.repaired[steps] = repaired(steps, space)
         return self.repaired[steps]
 
-    def wants_more(self, ranked: Sequence[Ranked]) -> bool:
+    def wants_more(self, ranked: Sequence[Ranked], hurried: bool = False) -> bool:
         """Say whether harsher recipes are wanted: nothing open is worth a try, or the objective rewards harshness.
 
         Looking at a wave takes as long as one or two tries, so a few are looked at before one is tried that is
         predicted to miss. With an objective of fewer bytes the waves go on as long as the last one still brought a
-        likely recipe.
+        likely recipe. `hurried`: what is not hopeless is tried.
         """
-        if all(item.promise < (DOUBTFUL if self.waves < DOUBTFUL_WAVES else HOPELESS) for item in ranked):
+        patient = self.waves < DOUBTFUL_WAVES and not hurried
+        if all(item.promise < (DOUBTFUL if patient else HOPELESS) for item in ranked):
             return True
+        if hurried:
+            return False
         likely = [item for item in ranked if item.promise >= LIKELY]
         last = set(self.open[-WAVE:])
         last |= {twin for steps in last for twin in self.repaired.get(steps, [])}
         rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
         return rewards and any(item.steps in last for item in likely)
+
+    @property
+    def _allowed(self) -> float:
+        """Return the seconds that the goal leaves a request."""
+        bounds = (bound for bound in self.goal.constraints if bound.quantity in TIMED)
+        return min((allowed_seconds(bound, self.tables) for bound in bounds), default=math.inf)
+
+    @property
+    def _seconds_left(self) -> float:
+        """Return what the goal leaves of the time that the unchanged model takes in the runtime."""
+        unchanged = self.tables.original.same_runtime_latency or self.tables.original.latency
+        return self._allowed / unchanged.p50
+
+    def _seconds(self, steps: Steps) -> float:
+        return predicted_latency(self.tables, *resolved(self.job.model, steps))
 
     def _bytes(self, steps: Steps) -> int:
         return predicted_bytes(self.tables, *resolved(self.job.model, steps))

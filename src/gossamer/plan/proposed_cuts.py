@@ -10,8 +10,9 @@ took another time than predicted, its sizes are solved again for what was seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from math import ceil, exp
 
 import numpy as np
@@ -35,7 +36,6 @@ from gossamer.plan.predict import Corrections, Tables, format_key, predicted_byt
 from gossamer.plan.specimens import layers_of
 from gossamer.techniques.base import Decision, SearchSpace, Technique, resolved
 from gossamer.techniques.prune.prune import LESS_WORK, Prune
-from gossamer.techniques.quantize.quantize import Quantize
 
 TIMED, COUNTED, BYTES = frozenset(("latency", "throughput")), frozenset(("params", "flops")), "bytes"
 SOLVED = frozenset(("heads", "ffn"))
@@ -46,12 +46,15 @@ AS_PREDICTED = 0.03  # in logarithms: what predictions of a measured kind miss a
 LEAST_ROWS = 4 * Prune.needs.calibration_rows
 
 
-def tables_of_blocks(job: Job, space: SearchSpace) -> tuple[BlockTimes, ...]:
-    """Return how long blocks take at each size in the formats that computing in integers has; none if not asked for."""
+def tables_of_blocks(job: Job, space: SearchSpace, proposed: Iterable[Steps]) -> tuple[BlockTimes, ...]:
+    """Return how long blocks take at each size in the formats of what is proposed; none if no goal asks for it."""
     if not space.wanted & TIMED or space.calibration_rows < LEAST_ROWS:
         return ()
-    runs = [run[0] for run in Quantize.candidates(space) if run[0].activations != "none"]
-    return block_times(job, formats_of(job.model, [step.resolve(job.model) for step in runs]))
+    decided = [step.resolve(job.model) for step in dict.fromkeys(chain(*proposed)) if step.family == "quantize"]
+    rounds_inputs = [one for one in decided if any(decision.activation for decision in one)]
+    formats = formats_of(job.model, rounds_inputs)
+    others = formats_of(job.model, decided)
+    return block_times(job, formats, {label: one for label, one in others.items() if label not in formats})
 
 
 class SolvedCuts:
@@ -90,7 +93,7 @@ class SolvedCuts:
         if not self._waits:
             return tables, []
         self._waits = False
-        self.tables = tables = replace(tables, blocks=tables_of_blocks(self.job, self.space))
+        self.tables = tables = replace(tables, blocks=tables_of_blocks(self.job, self.space, self.without))
         choices = cutting(self.job)
         if choices is None:
             return tables, self._cut_by_shares()

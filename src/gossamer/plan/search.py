@@ -31,6 +31,7 @@ from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import resolved
 
 TIMES = ("latency", "throughput")
+LOOKING = 0.3  # of the time that there is for a search: what may go into looking at recipes before one is tried
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class Search:
     def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
         """Return what was found. `deadline` is a time.monotonic() value that no recipe is begun to pass."""
         self.deadline = deadline
+        began = time.monotonic()
+        tried_by = began + LOOKING * (deadline - began) if deadline is not None else math.inf
         menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal, self.cuts)
         stop = "no recipe is left"
         while True:
             ranked = menu.ranked(self.corrections)
-            while menu.wants_more(ranked) and menu.next_wave():
+            while menu.wants_more(ranked, time.monotonic() > tried_by) and menu.next_wave():
                 self._learn_again(menu.tables)
                 ranked = menu.ranked(self.corrections)
             if not ranked:
