@@ -21,6 +21,7 @@ READY := .venv/.ready
 ENCODER := .demo/minilm-package
 DOCS_READY := .venv/.docs-ready
 BENCH_READY := .venv/.bench-ready
+TORCHAO := .venv/torchao
 
 .PHONY: FORCE help setup demo demo-model test test-all unit bench lint format docs clean
 
@@ -69,6 +70,11 @@ $(BENCH_READY): $(READY)
 	@$(INSTALL) --editable ".[dev,bench]"
 	@rm -f .venv/.installing && touch $@
 
+# Beside the environment, for the tests that need it: every process that finds it starts seconds later.
+$(TORCHAO): $(READY)
+	@echo "setup: installing torchao"
+	@$(INSTALL) --no-deps --target $(TORCHAO) "torchao>=0.18,<0.19"
+
 lint: $(READY)  ## style and types: ruff, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -84,8 +90,9 @@ test: lint unit  ## lint, then every test that needs no real model
 unit: $(READY)
 	@$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not e2e and not slow"
 
-test-all: lint docs demo-model  ## lint, documentation, and every test, real models too
+test-all: lint docs demo-model $(TORCHAO)  ## lint, documentation, and every test, real models too
 	@$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not e2e"
+	@PYTHONPATH=$(TORCHAO) $(PYTEST) -m torchao
 	@$(PYTEST) -m e2e
 
 docs: $(DOCS_READY)  ## build the documentation into site/

@@ -5,8 +5,9 @@
 **Loop**: both fine-tune all weights of the same model on the same full rows in the same order, from the same seed, with
 the rate, warm-up, clipping, judging (before, four times, after) and checkpoints alike, in turns. The losses on the rows
 held back say whether it was the same work. **Precision**: a model without its later half of blocks is trained in both,
-in turns, with several seeds. **Memory**: the peak of a process that trains thin layers (`lora`), and of one that trains
-everything.
+in turns, with several seeds. **Passes**: blocks passed again on the way back, compiled, and where torchao is installed
+moments in 8 bits (FP8 on a GPU that multiplies it), in turns. **Memory**: the peak of a process that trains thin layers
+(`lora`), and of those that train everything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +40,9 @@ from gossamer.tasks.base import Batch, spread
 from gossamer.train.lesson import Lesson, Plan, Precision
 from gossamer.train.loop import train
 from gossamer.train.objectives import Labels
+from gossamer.train.passes import FP8_FROM
 
+PARTS = ("loop", "precision", "passes", "memory")
 JUDGED = 64
 RATE, WARMUP = 2e-5, 0.06
 PLAIN, OURS = "transformers.Trainer", "**gossamer**"
@@ -104,8 +108,8 @@ class Work:
             del blocks[stack.num_blocks // 2 :]
         return module
 
-    def ours(self, precision: Precision, seed: int = 0, shallow: bool = False) -> Trained:
-        """Train with our loop on the rows' labels."""
+    def ours(self, precision: Precision, seed: int = 0, shallow: bool = False, **passes: Any) -> Trained:
+        """Train with our loop on the rows' labels; `passes` are settings of the plan."""
         prepared, steps = self.contest.prepared, Steps()
         task, source = prepared.task, prepared.source
 
@@ -119,7 +123,7 @@ class Work:
             learned=self.learned,
             judged=self.judged,
         )
-        plan = Plan(1, self.batch_size, RATE, precision, self.batch_size, warmup=WARMUP, frozen=(), seed=seed)
+        plan = Plan(1, self.batch_size, RATE, precision, self.batch_size, warmup=WARMUP, frozen=(), seed=seed, **passes)
         began = time.perf_counter()
         with TemporaryDirectory() as folder:
             outcome = train(lesson, plan, Path(folder) / "checkpoints", steps, label="training")
@@ -242,19 +246,55 @@ def of_precision(work: Work, rounds: int) -> str:
     )
 
 
+def of_passes(work: Work, rounds: int, precision: Precision) -> str:
+    """Return the table of the ways in which passes and steps are computed."""
+    ways: dict[str, dict[str, Any]] = {
+        "as ever": {}, "blocks passed again (`checkpointing`)": {"checkpointing": True},
+        "blocks compiled (`compiled`)": {"compiled": True},
+        "both": {"checkpointing": True, "compiled": True},
+    }  # fmt: skip
+    if find_spec("torchao") is not None:
+        ways["moments in 8 bits (`adamw_8bit`)"] = {"optimizer": "adamw_8bit"}
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_FROM:
+            ways["`precision: fp8`"] = {"precision": "fp8"}
+            ways["`precision: fp8`, compiled"] = {"precision": "fp8", "compiled": True}
+
+    def way(settings: dict[str, Any]) -> Callable[[int], Trained]:
+        return lambda _: work.ours(**{"precision": precision, **settings})
+
+    found = in_turns(rounds, {name: way(settings) for name, settings in ways.items()})
+    base = found["as ever"]
+    tokens = work.batch_size * next(iter(work.learned[0].inputs.values())).size
+    rows = [
+        [
+            name, f"{1e3 * statistics.median(one.step for one in some):.0f}", ratio(some, base, "step"),
+            ratio(some, base, "whole"), f"{tokens / statistics.median(one.step for one in some):.0f}",
+            f"{some[0].after:.5f}",
+        ]
+        for name, some in found.items()
+    ]  # fmt: skip
+    return f"How passes are computed, all weights in {precision}, {rounds} times in turns:\n\n" + table(
+        ("", "ms a step", "of the first's", "whole call, of the first's", "tokens a second", "loss after"), rows
+    )
+
+
 def of_memory(contest: Contest, arguments: argparse.Namespace, rows: int, batch_size: int) -> str:
-    """Return the table of what a process holds that trains everything, and one that trains thin layers."""
-    taught = {
-        "rows": rows,
-        "epochs": 1,
-        "batch_size": batch_size,
-        "micro_batch": 1,
-        "logits": 0,
-        "hidden": 0,
-        "labels": 1,
-    }
-    everything, thin = {"distill": {**taught, "embeddings": True}}, {"lora": {**taught, "rank": 16}}
-    peers = [Gossamer("torch", (everything,), "all weights"), Gossamer("torch", (thin,), "LoRA, rank 16")]
+    """Return the table of what a process holds that trains everything, in several ways, or thin layers."""
+    taught = {"rows": rows, "epochs": 1, "batch_size": batch_size, "logits": 0, "hidden": 0, "labels": 1}
+
+    def trained(label: str, at_once: int, step: str = "distill", **settings: Any) -> Gossamer:
+        settings |= {"embeddings": True} if step == "distill" else {}
+        entry = {step: {**taught, "micro_batch": at_once, **settings}}
+        return Gossamer("torch", (entry,), f"{label}, {at_once} at a time")
+
+    peers = [
+        trained("all weights", 1),
+        trained("LoRA, rank 16", 1, "lora", rank=16),
+        trained("all weights", batch_size),
+        trained("all weights, blocks passed again", batch_size, checkpointing=True),
+    ]
+    if find_spec("torchao") is not None:
+        peers.insert(1, trained("all weights, moments in 8 bits", 1, optimizer="adamw_8bit"))
     entries, skipped = build_all(contest, peers, arguments, calibration_inputs(contest, arguments.calibration_rows))
     whole = entries[0].built.peak_bytes
     found = [
@@ -262,7 +302,7 @@ def of_memory(contest: Contest, arguments: argparse.Namespace, rows: int, batch_
         for one, made in ((entry.peer, entry.built) for entry in entries)
     ]
     return (
-        f"Peak memory of a process that trains on {rows} rows, one at a time:\n\n"
+        f"Peak memory of a process that trains on {rows} rows:\n\n"
         + table(("", "peak MB", "of all weights'", "made in s"), found)
         + "".join(f"\n\n{line}" for line in skipped)
     )
@@ -275,6 +315,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=4, help="how often each way is trained, in turns")
     parser.add_argument("--seeds", type=int, default=3, help="trainings in each precision")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which of the tables")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"), help="of the loops")
 
 
@@ -300,17 +341,24 @@ def main() -> int:
         return 1
     rows = spread(full, wanted)
     work = Work(contest, rows[JUDGED:], rows[:JUDGED], size)
-    parts = [
-        of_loop(work, arguments.rounds, arguments.precision),
-        of_precision(work, arguments.seeds),
-        of_memory(contest, arguments, 4 * size * 4, size),
-    ]
-    text = "\n\n".join(parts)
+    parts = {
+        "loop": lambda: of_loop(work, arguments.rounds, arguments.precision),
+        "precision": lambda: of_precision(work, arguments.seeds),
+        "passes": lambda: of_passes(work, arguments.rounds, arguments.precision),
+        "memory": lambda: of_memory(contest, arguments, 4 * size * 4, size),
+    }
+    asked = [name for name in PARTS if name in arguments.parts]
+    text = "\n\n".join(parts[name]() for name in asked)
     print(text)
     if not arguments.no_results:
         name = arguments.model.name
+        part = "" if asked == list(PARTS) else f", {' and '.join(asked)}"
         write_section(
-            f"training {name}", f"Training {name}", text, threads=contest.threads, seconds=time.monotonic() - began
+            f"training {name}{part}",
+            f"Training {name}{part}",
+            text,
+            threads=contest.threads,
+            seconds=time.monotonic() - began,
         )
     return 0
 

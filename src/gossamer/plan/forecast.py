@@ -153,8 +153,12 @@ class Forecaster:
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
                 each = rates.pass_seconds
                 if learns and whole and job.calibration:
+                    from gossamer.techniques.training import TrainingTechnique  # imported where something trains
+
                     training = training_rate(job)
-                    each, working = training.seconds, working + int(training.kept_bytes * values)  # a row at least
+                    again = isinstance(step, TrainingTechnique) and step.checkpointing is not False
+                    kept = training.again_bytes if again else training.kept_bytes
+                    each, working = training.seconds, working + int(kept * values)  # a row at least
                 seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * each
                 costs.add("train" if learns else "round", own + codes + working, seconds)
             codes += weights if whole else 0

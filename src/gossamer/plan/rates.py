@@ -67,11 +67,13 @@ class Rates(Record):
 class TrainingRate(Record):
     """Hold what one training pass takes for one value of a first input.
 
-    `seconds`: of one pass, a step forward and back taking three; `kept_bytes`: kept for the way back.
+    `seconds`: of one pass, a step forward and back taking three; `kept_bytes`: kept for the way back, and `again_bytes`
+    where blocks are passed again on it.
     """
 
     seconds: float
     kept_bytes: float
+    again_bytes: float
 
 
 def measured_rates(job: Job) -> Rates:
@@ -119,7 +121,8 @@ def training_rate(job: Job) -> TrainingRate:
 
 
 def _time_training(job: Job) -> TrainingRate:
-    from gossamer.train.fitting import free_bytes, kept_bytes  # what trains is imported where something trains
+    from gossamer.train.fitting import free_bytes, kept  # what trains is imported where something trains
+    from gossamer.train.passes import blocks_in
     from gossamer.train.rows import collate, parts_of
 
     candidate, found = job.candidate(), []
@@ -133,8 +136,8 @@ def _time_training(job: Job) -> TrainingRate:
 
     with fused_attention(candidate.module):
         longest = max(job.calibration, key=lambda row: values_of([row]))
-        each = kept_bytes(lambda: next(losses([longest])))
-        together = max(1, min(TIMED_ROWS, int(SHARE_TIMED * free_bytes(CPU) / max(1, each))))
+        each = kept(lambda: next(losses([longest])), blocks_in(candidate.module))
+        together = max(1, min(TIMED_ROWS, int(SHARE_TIMED * free_bytes(CPU) / max(1, each.all))))
         for number in range(TIMED_STEPS):
             rows = [job.calibration[(number * together + i) % len(job.calibration)] for i in range(together)]
             began = time.perf_counter()
@@ -142,7 +145,9 @@ def _time_training(job: Job) -> TrainingRate:
                 torch.autograd.backward(loss)
             candidate.module.zero_grad()
             found.append((time.perf_counter() - began) / values_of(rows))
-    return TrainingRate(seconds=min(found) / STEP_PASSES, kept_bytes=each / values_of([longest]))
+    values = values_of([longest])
+    seconds = min(found) / STEP_PASSES
+    return TrainingRate(seconds=seconds, kept_bytes=each.all / values, again_bytes=each.again / values)
 
 
 def values_of(batches: Sequence[Batch]) -> int:

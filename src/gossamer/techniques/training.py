@@ -30,7 +30,7 @@ from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Technique
 from gossamer.techniques.followed import attention_pairs, blocks_of, mapped, paired, related
 from gossamer.train.attention import Maps, Relations
-from gossamer.train.lesson import Lesson, Outcome, Plan, Precision, rows_of_one
+from gossamer.train.lesson import Lesson, Optimizer, Outcome, Plan, Precision, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
 from gossamer.train.on_policy import OnPolicy, check_writes
 from gossamer.train.projections import fitted
@@ -85,9 +85,18 @@ class TrainingTechnique(Technique):
     top_k: int | None = Field(
         None, ge=1, description="compare the original's k most likely tokens, and the rest as one; empty: all"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the passes: auto is bf16 where this machine multiplies it faster"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        "auto",
+        description="of the passes: auto is bf16 where this machine multiplies it faster; fp8 (blocks multiply in it, "
+        "the rest is bf16) needs a GPU that does",
     )
+    checkpointing: bool | None = Field(
+        None,
+        description="whether blocks are passed again on the way back instead of keeping all that it needs; empty: "
+        "where not one row fits into memory otherwise",
+    )
+    compiled: bool = Field(False, description="whether blocks are compiled (torch.compile)")
+    optimizer: Optimizer = Field("adamw", description="adamw, or adamw_8bit: both moments in 8 bits (torchao)")
     teacher: Literal["auto", "beside", "cached"] = Field(
         "auto",
         description="run the original beside in every step, or once, its predictions being kept on disk; auto: once, "
@@ -108,11 +117,12 @@ class TrainingTechnique(Technique):
     def model_passes(self, num_samples: int) -> float:
         """Return the passes of all steps, `num_samples` being the rows that there are to learn from."""
         rows = min(self.rows, num_samples)
+        passes = PASSES + bool(self.checkpointing)
         if self.on_policy:  # a token that is written takes about a pass of its own, of that one token
-            return rows * self.epochs * (PASSES + self.on_policy)
+            return rows * self.epochs * (passes + self.on_policy)
         if self._follows_predictions_alone and self.teacher != "beside":  # where it is not known yet: it takes less
-            return rows * ((PASSES - 1) * self.epochs + 1)
-        return PASSES * self.epochs * rows
+            return rows * ((passes - 1) * self.epochs + 1)
+        return passes * self.epochs * rows
 
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
@@ -297,6 +307,9 @@ class TrainingTechnique(Technique):
             memory=context.samples_memory,  # the copies of weights are not in it
             rate=self.rate,
             precision=self._precision(context),
+            checkpointing=self.checkpointing,
+            compiled=self.compiled,
+            optimizer=self.optimizer,
             sharded=self.sharding == "fsdp",
             seed=context.seed,
             device=context.device,

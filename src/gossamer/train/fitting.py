@@ -2,14 +2,18 @@
 
 What a pass keeps for its way back is counted as autograd saves it, each storage once: a part that every pass keeps
 (weights in another precision) and a part for each row. Beside it lie gradients, two moments and the start of what is
-trained. A step's rows are then taken in parts of one size, so the gradient is that of the whole step.
+trained. A step's rows are then taken in parts of one size, so the gradient is that of the whole step. Where blocks are
+passed again on the way back, a pass keeps what goes into each, and all of one block at a time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +33,22 @@ FILE = "micro-batch.json"
 Pass = Callable[[Sequence[Batch]], Tensor]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Hold the bytes that are kept of a pass for its way back: all, and where blocks are passed again."""
+
+    all: int
+    again: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Say how many rows are passed at once, and whether blocks are passed again on the way back."""
+
+    rows: int
+    checkpointing: bool = False
+
+
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
     """Return the bytes that autograd keeps of one pass forward; leaves (parameters, inputs) are not counted.
 
@@ -36,48 +56,87 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
     >>> kept_bytes(lambda: (torch.ones(2, 4) @ weight).exp().sum())  # the exponentials, and the rows they came from
     64
     """
-    kept: dict[int, int] = {}
+    return kept(forward).all
+
+
+def kept(forward: Callable[[], Tensor], blocks: Sequence[nn.Module] = ()) -> Kept:
+    """Return what autograd keeps of one pass forward, as a whole and where these blocks are passed again."""
+    held: dict[int, int] = {}
+    inputs: dict[int, int] = {}
+    begun: list[int] = []
+    inside: list[int] = [0]
 
     def note(values: Tensor) -> Tensor:
         if not values.is_leaf or not values.requires_grad:
             storage = values.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            held[storage.data_ptr()] = storage.nbytes()
         return values
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda values: values):
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        storages = [each.untyped_storage() for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        inputs.update({storage.data_ptr(): storage.nbytes() for storage in storages})
+        begun.append(sum(held.values()))
+
+    def leave(*_: Any) -> None:
+        inside.append(sum(held.values()) - begun.pop())
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda values: values))
         loss = forward()
-        total = sum(kept.values())  # while the graph is there, so that no storage is used twice
+        total = sum(held.values())  # while the graph is there, so that no storage is used twice
     del loss
-    return total
+    return Kept(total, total - sum(inside) + sum(inputs.values()) + max(inside))
 
 
 def fitting_rows(
-    batch_size: int, longest: Sequence[Batch], run: Pass, trained: int, free: int, progress: Progress, label: str
-) -> int:
+    batch_size: int,
+    longest: Sequence[Batch],
+    run: Pass,
+    trained: int,
+    free: int,
+    progress: Progress,
+    label: str,
+    *,
+    blocks: Sequence[nn.Module] = (),
+    checkpointing: bool | None = False,
+) -> Fit:
     """Return the most rows of a step that fit at once: a divisor of its size. `longest` are the two longest rows.
 
-    `trained` is the number of values that are trained. Says so where it is less than the step; raises TechniqueError
-    where not even one row fits.
+    `trained` is the number of values that are trained. Where `checkpointing` is None, `blocks` are passed again if not
+    one row fits otherwise. Says so, and where it is less than the step; raises TechniqueError where not even one row
+    fits.
     """
-    one = kept_bytes(lambda: run(longest[:1]))
-    two = kept_bytes(lambda: run(longest[:2])) if len(longest) > 1 else 2 * one
-    each, always = max(1, two - one), max(0, 2 * one - two)
-    fixed = always + COPIES * 4 * trained
-    room = SHARE_OF_FREE * free - fixed
-    fits = int(room / (OVERHEAD * each))
-    if fits < 1:
-        raise TechniqueError(
-            f"{label} needs about {readable_bytes(fixed + int(OVERHEAD * each))} for one row of a step, "
-            f"{readable_bytes(int(SHARE_OF_FREE * free))} may be used",
-            "give shorter rows, or train fewer weights (lora)",
-        )
-    found = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= fits)
-    if found < batch_size:
-        progress.say(
-            f"{label}: {found} rows at a time: a step of {batch_size} would keep about "
-            f"{readable_bytes(fixed + int(OVERHEAD * each * batch_size))}"
-        )
-    return found
+    one = kept(lambda: run(longest[:1]), blocks)
+    two = kept(lambda: run(longest[:2]), blocks) if len(longest) > 1 else Kept(2 * one.all, 2 * one.again)
+    ways = [(False, one.all, two.all)] if not checkpointing else []
+    ways += [(True, one.again, two.again)] if checkpointing or (checkpointing is None and blocks) else []
+    needed: list[int] = []
+    for again, first, second in ways:
+        each, always = max(1, second - first), max(0, 2 * first - second)
+        fixed = always + COPIES * 4 * trained
+        fits = int((SHARE_OF_FREE * free - fixed) / (OVERHEAD * each))
+        needed.append(fixed + int(OVERHEAD * each))
+        if fits < 1:
+            continue
+        if again and len(needed) > 1:
+            progress.say(
+                f"{label}: blocks are passed again on the way back: a row would keep about {readable_bytes(needed[0])}"
+            )
+        found = max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= fits)
+        if found < batch_size:
+            progress.say(
+                f"{label}: {found} rows at a time: a step of {batch_size} would keep about "
+                f"{readable_bytes(fixed + int(OVERHEAD * each * batch_size))}"
+            )
+        return Fit(found, again)
+    raise TechniqueError(
+        f"{label} needs about {readable_bytes(needed[-1])} for one row of a step, "
+        f"{readable_bytes(int(SHARE_OF_FREE * free))} may be used",
+        "give shorter rows, or train fewer weights (lora)" + ("" if ways[-1][0] else ", or set checkpointing"),
+    )
 
 
 def free_bytes(device: torch.device, *networks: nn.Module | None, sharing: int = 1) -> int:
@@ -92,18 +151,19 @@ def free_bytes(device: torch.device, *networks: nn.Module | None, sharing: int =
     return device_free_bytes(device) - sum(values.nbytes for values in held if values.device.type == "cpu")
 
 
-def remembered(folder: Path, find: Callable[[], int], team: Team = ALONE) -> int:
+def remembered(folder: Path, find: Callable[[], Fit], team: Team = ALONE) -> Fit:
     """Return what was found when the training in `folder` began: a killed one goes on with the same parts.
 
     Of several processes the one that can hold the least says how much, and the leader keeps it.
     """
     path = folder / FILE
-    known = json.loads(path.read_text("utf-8"))["rows"] if team.leads and path.exists() else None
+    known = json.loads(path.read_text("utf-8")) if team.leads and path.exists() else None
     known = team.everywhere(known)
     if known is not None:
-        return int(known)
-    found = min(team.gathered(find()))
+        return Fit(**known)
+    mine = find()
+    found = {"rows": min(team.gathered(mine.rows)), "checkpointing": any(team.gathered(mine.checkpointing))}
     if team.leads:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"rows": found}) + "\n")
-    return int(found)
+        write_text(path, json.dumps(found) + "\n")
+    return Fit(**found)

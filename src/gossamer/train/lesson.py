@@ -21,7 +21,8 @@ from gossamer.train.on_policy import OnPolicy
 from gossamer.train.rows import parts_of
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 LONG = 256  # tokens of a row
 
 
@@ -40,6 +41,9 @@ class Plan:
     smallest_root: float = 1e-8  # Adam's epsilon: gradients far below it move nothing
     patience: int = 4  # evaluations without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
+    checkpointing: bool | None = False  # blocks are passed again on the way back; None: where no row fits otherwise
+    compiled: bool = False  # blocks are
+    optimizer: Optimizer = "adamw"
     sharded: bool = False  # where several processes train: each holds its part of weights, gradients and moments
     only: frozenset[str] | None = None  # parameters that are trained, by name; None: all but those of frozen layers
     seed: int = 0

@@ -19,7 +19,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,10 @@ from gossamer.models.config import quiet_transformers
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
 from gossamer.tasks.base import Batch
-from gossamer.train.fitting import COPIES, fitting_rows, free_bytes, remembered
+from gossamer.train.fitting import COPIES, Fit, fitting_rows, free_bytes, remembered
 from gossamer.train.lesson import Lesson, Outcome, Plan, rows_of_one
 from gossamer.train.on_policy import OnPolicy
+from gossamer.train.passes import blocks_in, check_passes, in_fp8, passing
 from gossamer.train.rows import Rows, collate
 from gossamer.train.sharded import ZerosStay, allow, check_same_way, split
 from gossamer.train.watch import Scheduled, Watch
@@ -53,6 +54,7 @@ from gossamer.train.weights import Parts, Weights, trainable
 
 EVALUATIONS = 4  # an epoch at least
 JUDGED_AT_ONCE = 4  # rows
+EIGHT_BITS = "adamw_torch_8bit"  # as transformers names torchao's
 MOST_PARTS = 1 << 12  # of a step, and processes: what is drawn has a number of its own in each
 
 
@@ -68,11 +70,13 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
             f"{label} has {len(lesson.learned)} rows to learn from and {len(lesson.judged)} to judge on",
             "give more rows with --data",
         )
+    check_passes(lesson.student, plan, label)
     watch = Watch(progress, label)
     with quiet_transformers(), _quiet_trainer():
         if plan.micro_batch is None:
             find = partial(_fitting, lesson, plan, progress, label, team)
-            plan = replace(plan, micro_batch=remembered(folder, find, team))
+            fit = remembered(folder, find, team)
+            plan = replace(plan, micro_batch=fit.rows, checkpointing=fit.checkpointing)
         before = watch.usual = judge(lesson, plan, team)  # as it came, whatever a checkpoint brings
         run = _run_split if plan.sharded and team.size > 1 else _run
         outcome = run(lesson, plan, folder, watch, team, before)
@@ -88,7 +92,7 @@ def _run(lesson: Lesson, plan: Plan, folder: Path, watch: Watch, team: Team, bef
         _arguments(plan, len(lesson.learned), folder, team),
     )
     networks = lesson.student, lesson.teacher, lesson.projections
-    with lesson.ready(), _moved(arguments.device, *networks), trainable(lesson.student, plan):
+    with passing(lesson, plan), lesson.ready(), _moved(arguments.device, *networks), trainable(lesson.student, plan):
         start = {name: values.detach().clone() for name, values in student.trained().items()}
         outcome = _steps(_Trainer(lesson, student, arguments, watch, plan), watch, team, before)
         if not outcome.better:
@@ -102,7 +106,8 @@ def _run_split(lesson: Lesson, plan: Plan, folder: Path, watch: Watch, team: Tea
         copied = splitting.lesson
         arguments = _arguments(plan, len(lesson.learned), folder, team, splitting.arguments)
         student = Parts(copied.student, copied.projections)
-        with copied.ready(), _moved(arguments.device, lesson.teacher), trainable(copied.student, plan):
+        teacher = lesson.teacher
+        with passing(copied, plan), copied.ready(), _moved(arguments.device, teacher), trainable(copied.student, plan):
             outcome = _steps(_Trainer(copied, student, arguments, watch, plan), watch, team, before)
             if outcome.better:
                 splitting.put_together(student)
@@ -122,8 +127,8 @@ def _steps(trainer: _Trainer, watch: Watch, team: Team, before: float) -> Outcom
     return Outcome(before, after, taken, watch.diverged, settled)
 
 
-def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: Team) -> int:
-    """Return how many rows of its share of a step fit at once into one process."""
+def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: Team) -> Fit:
+    """Return how many rows of its share of a step fit at once into one process, and how they are passed."""
     longest = sorted(lesson.learned, key=lambda row: -sum(values.size for values in row.inputs.values()))[:2]
 
     def run(rows: Sequence[Batch]) -> Tensor:
@@ -136,14 +141,18 @@ def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: T
         free = free_bytes(plan.device, lesson.student, lesson.teacher, sharing=team.local_size)
         if plan.memory is not None:
             free = plan.memory + COPIES * 4 * trained
-        return fitting_rows(plan.batch_size // team.size, longest, run, trained, free, progress, label)
+        return fitting_rows(
+            plan.batch_size // team.size, longest, run, trained, free, progress, label,
+            blocks=blocks_in(lesson.student), checkpointing=plan.checkpointing,
+        )  # fmt: skip
 
 
 def judge(lesson: Lesson, plan: Plan, team: Team = ALONE) -> float:
     """Return the loss of a student as it is on the rows held back, the same in all processes."""
     folder = TemporaryDirectory(prefix="gossamer-judge-")
+    computed = in_fp8(lesson.student) if plan.precision == "fp8" else nullcontext()  # as what it is compared with
     plan = replace(plan, micro_batch=plan.micro_batch or JUDGED_AT_ONCE)
-    with folder, lesson.ready(), quiet_transformers(), _quiet_trainer():
+    with folder, computed, lesson.ready(), quiet_transformers(), _quiet_trainer():
         arguments = _arguments(plan, len(lesson.learned), Path(folder.name), team)
         with _moved(arguments.device, lesson.student, lesson.teacher, lesson.projections):
             student = Weights(lesson.student, lesson.projections)
@@ -186,6 +195,7 @@ def _arguments(
     on_cpu = plan.device.type == "cpu"  # else transformers takes the GPU of this process's number, as ours is
     steps = math.ceil(num_rows / plan.batch_size)
     every = max(1, math.ceil(steps / EVALUATIONS))
+    more: dict[str, Any] = {**(splitting or {}), **({"optim": EIGHT_BITS} if plan.optimizer == "adamw_8bit" else {})}
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
@@ -197,7 +207,7 @@ def _arguments(
         warmup_steps=math.ceil(plan.warmup * steps * plan.epochs),
         weight_decay=plan.weight_decay,
         adam_epsilon=plan.smallest_root,
-        bf16=plan.precision == "bf16",
+        bf16=plan.precision in ("bf16", "fp8"),  # what is not multiplied in FP8
         fp16=plan.precision == "fp16",
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and team.size > 1 else None,
@@ -217,7 +227,7 @@ def _arguments(
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=False,
-        **(splitting or {}),
+        **more,
     )
 
 
