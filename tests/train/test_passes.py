@@ -2,79 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from gossamer.errors import TechniqueError
 from gossamer.run.progress import Silent
-from gossamer.tasks.base import Batch
 from gossamer.train import passes
 from gossamer.train.fitting import kept, kept_bytes
 from gossamer.train.lesson import Lesson, Outcome, Plan
 from gossamer.train.loop import train
-from gossamer.train.objectives import Hidden, Logits
 from gossamer.train.passes import blocks_in, check_passes, in_fp8, passed_again
 
-PLAN = Plan(epochs=2, batch_size=8, rate=1e-3, micro_batch=4)
+Learn = Callable[..., tuple[Outcome, dict[str, Tensor]]]
 
 
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=16, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
+@pytest.fixture
+def learned(make_lesson: Callable[[], Lesson], plan: Plan, tmp_path: Path) -> Learn:
+    """Train in some way; the networks are as they were, but for their values."""
 
+    def learned(name: str, **settings: Any) -> tuple[Outcome, dict[str, Tensor]]:
+        asked = make_lesson()
+        modules = dict(asked.student.named_modules())
+        outcome = train(asked, replace(plan, **settings), tmp_path / name, Silent(), label="distill")
+        assert dict(asked.student.named_modules()) == modules
+        assert not any("forward" in module.__dict__ for module in modules.values())
+        return outcome, dict(asked.student.named_parameters())
 
-def row(number: int) -> Batch:
-    tokens = np.random.default_rng(number).integers(0, 64, (1, 12))
-    return Batch({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}, np.array([number % 3]))
-
-
-def lesson() -> Lesson:
-    student, teacher = network(0), network(1).requires_grad_(False)
-    rows = [row(number) for number in range(48)]
-
-    def forward(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        return module(**inputs).logits  # type: ignore[no-any-return]
-
-    return Lesson(
-        student=student, teacher=teacher, forward=forward, objectives=[(1.0, Logits()), (0.5, Hidden())],
-        student_blocks=blocks_in(student), teacher_blocks=blocks_in(teacher), learned=rows[:40], judged=rows[40:],
-    )  # fmt: skip
-
-
-def learned(folder: Path, **settings: Any) -> tuple[Outcome, dict[str, Tensor]]:
-    asked = lesson()
-    modules = dict(asked.student.named_modules())
-    outcome = train(asked, replace(PLAN, **settings), folder / "checkpoints", Silent(), label="distill")
-    assert dict(asked.student.named_modules()) == modules
-    assert not any("forward" in module.__dict__ for module in modules.values())
-    return outcome, dict(asked.student.named_parameters())
+    return learned
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_blocks_that_are_passed_again_learn_the_same(tmp_path: Path, precision: str) -> None:
-    plain, values = learned(tmp_path / "plain", precision=precision)
-    again, others = learned(tmp_path / "again", precision=precision, checkpointing=True)
+def test_blocks_that_are_passed_again_learn_the_same(learned: Learn, precision: str) -> None:
+    plain, values = learned("plain", precision=precision)
+    again, others = learned("again", precision=precision, checkpointing=True)
     assert plain == again
     assert plain.better
     for name, value in values.items():
         assert torch.equal(value, others[name]), name
 
 
-def test_what_is_kept_is_what_was_predicted() -> None:
-    asked = lesson()
+def test_what_is_kept_is_what_was_predicted(make_lesson: Callable[[], Lesson]) -> None:
+    asked = make_lesson()
     blocks = blocks_in(asked.student)
-    batch = {name: torch.from_numpy(values) for name, values in row(0).inputs.items()}
+    batch = {name: torch.from_numpy(values) for name, values in asked.learned[0].inputs.items()}
 
     def run() -> Tensor:
         return asked.forward(asked.student, batch).sum()
@@ -88,9 +64,9 @@ def test_what_is_kept_is_what_was_predicted() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_much_the_same(tmp_path: Path) -> None:
-    plain, values = learned(tmp_path / "plain")
-    found, others = learned(tmp_path / "compiled", compiled=True, checkpointing=True)
+def test_compiled_blocks_learn_much_the_same(learned: Learn) -> None:
+    plain, values = learned("plain")
+    found, others = learned("compiled", compiled=True, checkpointing=True)
     assert found.after == pytest.approx(plain.after, rel=1e-3)
     for name, value in values.items():
         torch.testing.assert_close(value, others[name], rtol=0.05, atol=2e-3)
@@ -109,27 +85,30 @@ def not_installed(name: str) -> str:
     ],
 )
 def test_what_this_machine_lacks_is_said_before_anything_is_begun(
-    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], message: str
+    monkeypatch: pytest.MonkeyPatch, make_lesson: Callable[[], Lesson], plan: Plan, asked: dict[str, Any], message: str
 ) -> None:
+    student = make_lesson().student
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(passes, "version", not_installed)
-    check_passes(network(0), PLAN, "distill")
+    check_passes(student, plan, "distill")
     with pytest.raises(TechniqueError, match=message):
-        check_passes(network(0), replace(PLAN, **asked), "distill")
+        check_passes(student, replace(plan, **asked), "distill")
 
 
-def test_an_older_gpu_is_named_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_is_named_by_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, make_lesson: Callable[[], Lesson], plan: Plan
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    plan = replace(PLAN, precision="fp8", device=torch.device("cuda", 0))
+    plan = replace(plan, precision="fp8", device=torch.device("cuda", 0))
     with pytest.raises(TechniqueError, match=r"its compute capability is 8\.6"):
-        check_passes(network(0), plan, "distill")
+        check_passes(make_lesson().student, plan, "distill")
 
 
 @pytest.mark.parametrize("asked", [{"checkpointing": True}, {"compiled": True}, {"precision": "fp8"}])
-def test_a_model_without_blocks_is_refused(asked: dict[str, Any]) -> None:
+def test_a_model_without_blocks_is_refused(plan: Plan, asked: dict[str, Any]) -> None:
     alone = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(TechniqueError, match="is a matter of blocks"):
-        check_passes(alone, replace(PLAN, **asked), "distill")
+        check_passes(alone, replace(plan, **asked), "distill")
 
 
 @pytest.fixture
@@ -139,11 +118,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.torchao
-def test_fp8_multiplies_in_blocks_alone(emulated: None) -> None:
+def test_fp8_multiplies_in_blocks_alone(make_lesson: Callable[[], Lesson], emulated: None) -> None:
     del emulated
-    asked = lesson()
+    asked = make_lesson()
     before = dict(asked.student.named_parameters())
-    batch = {name: torch.from_numpy(values) for name, values in row(0).inputs.items()}
+    batch = {name: torch.from_numpy(values) for name, values in asked.learned[0].inputs.items()}
     with torch.no_grad():
         exact = asked.forward(asked.student, batch)
         with in_fp8(asked.student):
@@ -163,19 +142,19 @@ def test_fp8_multiplies_in_blocks_alone(emulated: None) -> None:
 
 
 @pytest.mark.torchao
-def test_fp8_learns_nearly_what_bf16_does(tmp_path: Path, emulated: None) -> None:
+def test_fp8_learns_nearly_what_bf16_does(learned: Learn, emulated: None) -> None:
     del emulated
-    plain, _ = learned(tmp_path / "bf16", precision="bf16")
-    found, _ = learned(tmp_path / "fp8", precision="fp8", checkpointing=True)
+    plain, _ = learned("bf16", precision="bf16")
+    found, _ = learned("fp8", precision="fp8", checkpointing=True)
     assert found.better
     assert found.before != plain.before  # judged in FP8 as well
     assert found.after == pytest.approx(plain.after, rel=0.1)
 
 
 @pytest.mark.torchao
-def test_adam_in_8_bits_learns_nearly_the_same(tmp_path: Path) -> None:
+def test_adam_in_8_bits_learns_nearly_the_same(learned: Learn) -> None:
     pytest.importorskip("torchao")
-    plain, _ = learned(tmp_path / "plain")
-    found, _ = learned(tmp_path / "8-bit", optimizer="adamw_8bit")
+    plain, _ = learned("plain")
+    found, _ = learned("8-bit", optimizer="adamw_8bit")
     assert found.better
     assert found.after == pytest.approx(plain.after, rel=0.1)

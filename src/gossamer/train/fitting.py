@@ -49,6 +49,18 @@ class Fit:
     checkpointing: bool = False
 
 
+def smaller(fit: Fit, share: int, *, may_pass_again: bool) -> Fit | None:
+    """Return how to pass less at once: fewer rows of a process's share of a step, then blocks again; None: no way.
+
+    >>> smaller(Fit(8), 16, may_pass_again=True), smaller(Fit(1), 16, may_pass_again=True)
+    (Fit(rows=4, checkpointing=False), Fit(rows=1, checkpointing=True))
+    """
+    fewer = [size for size in range(1, fit.rows) if share % size == 0]
+    if fewer:
+        return Fit(fewer[-1], fit.checkpointing)
+    return Fit(1, checkpointing=True) if may_pass_again and not fit.checkpointing else None
+
+
 def kept_bytes(forward: Callable[[], Tensor]) -> int:
     """Return the bytes that autograd keeps of one pass forward; leaves (parameters, inputs) are not counted.
 
@@ -162,8 +174,13 @@ def remembered(folder: Path, find: Callable[[], Fit], team: Team = ALONE) -> Fit
     if known is not None:
         return Fit(**known)
     mine = find()
-    found = {"rows": min(team.gathered(mine.rows)), "checkpointing": any(team.gathered(mine.checkpointing))}
+    found = Fit(min(team.gathered(mine.rows)), any(team.gathered(mine.checkpointing)))
     if team.leads:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(found) + "\n")
-    return Fit(**found)
+        remember(folder, found)
+    return found
+
+
+def remember(folder: Path, fit: Fit) -> None:
+    """Keep what was found beside the checkpoints of a training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / FILE, json.dumps({"rows": fit.rows, "checkpointing": fit.checkpointing}) + "\n")

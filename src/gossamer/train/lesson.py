@@ -39,7 +39,7 @@ class Plan:
     warmup: float = 0.06  # share of the steps
     weight_decay: float = 0.0
     smallest_root: float = 1e-8  # Adam's epsilon: gradients far below it move nothing
-    patience: int = 4  # evaluations without a gain after which it ends
+    patience: int = 4  # looks at rows held back without a gain after which it ends
     frozen: tuple[type[nn.Module], ...] = (nn.Embedding,)  # layers whose weights stay (a head tied to one stays too)
     checkpointing: bool | None = False  # blocks are passed again on the way back; None: where no row fits otherwise
     compiled: bool = False  # blocks are
@@ -180,7 +180,7 @@ def _keep(kept: list[Tensor], found: Any) -> None:
 class Outcome:
     """Hold the loss on the rows held back before and after, how many steps were taken, and whether it was stopped.
 
-    `settled`: the student came to what its training may end with.
+    `settled`: the student came to what its training may end with; `gained`: the loss is lower for certain.
     """
 
     before: float
@@ -188,11 +188,12 @@ class Outcome:
     steps: int
     diverged: bool
     settled: bool = True
+    gained: bool = True
 
     @property
     def better(self) -> bool:
         """Say whether the student is better than it was."""
-        return self.settled and self.after < self.before
+        return self.settled and self.gained
 
 
 def rows_of_one(batch_size: int, team: Team, label: str) -> int:

@@ -1,5 +1,7 @@
 """What looks on at every step of a training: the schedule that changes the student, and the watch that may end it.
 
+Behind the first ten steps it is told how long one takes, and the memory, beside what was predicted before.
+
 A training ends when its loss is no number, or when the mean over RECENT steps is DIVERGED times what it was at first
 and on the rows held back. (One step tells nothing: on rows that the original has learned by heart most losses are near
 nothing, and one hard row is 25 times the others.)
@@ -8,16 +10,23 @@ nothing, and one hard row is 25 times the others.)
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from gossamer.measure.memory import peak_bytes
+from gossamer.run.atomic import readable_bytes
 from gossamer.run.progress import Progress
 from gossamer.train.lesson import Schedule
 
 DIVERGED = 10.0  # times what it was: what the loss of a training that went wrong reaches
 RECENT = 10
+TIMED = 10  # steps behind which it is told what one takes
 
 
 class Scheduled(TrainerCallback):
@@ -55,17 +64,34 @@ class Watch(TrainerCallback):
         self._stage: Any = None
         self._advance: Callable[[float], None] = lambda units: None
         self._done = 0
+        self._ends: list[float] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
         self._stage = self.progress.stage(f"{self.label}: steps", state.max_steps)
         self._advance = self._stage.__enter__()
         self._done = 0
+        self._ends = [time.perf_counter()]
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Move the bar on."""
         self._advance(state.global_step - self._done)
         self._done = state.global_step
+        self._ends.append(time.perf_counter())
+        left = state.max_steps - state.global_step
+        if len(self._ends) == TIMED + 1 and left > TIMED:
+            self._tell(left)
+
+    def _tell(self, left: int) -> None:
+        """Say what steps take, by those behind it."""
+        seconds = median(b - a for a, b in pairwise(self._ends))
+        held = f"this process took at most {readable_bytes(peak_bytes())} so far"
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            held += f", and {readable_bytes(torch.cuda.max_memory_allocated())} of the GPU"
+        self.progress.say(
+            f"{self.label}: a step takes {seconds:.2g} s by {TIMED} of them, the {left} that are left about "
+            f"{seconds * left / 60:.1f} min; {held}"
+        )
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         """Look at the loss."""

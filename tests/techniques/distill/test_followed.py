@@ -155,13 +155,13 @@ def test_thin_layers_beside_rounded_weights_learn_from_relations() -> None:
 def test_what_is_merged_is_judged_by_the_projections_that_were_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     from gossamer.train import loop
 
-    judged, plain = [], loop.judge
+    judged, plain = [], loop.judged
 
-    def noted(lesson: Any, *others: Any) -> float:
+    def noted(lesson: Any, *others: Any) -> Any:
         judged.append(copy.deepcopy(lesson.projections))
         return plain(lesson, *others)
 
-    monkeypatch.setattr(loop, "judge", noted)
+    monkeypatch.setattr(loop, "judged", noted)
     candidate, model, context = cut(llama(2), WIDTH)
     rounded = Quantize.model_validate({"bits": 4})
     candidate = rounded.apply(candidate, model, context)
