@@ -91,8 +91,9 @@ def test_gates_shut_the_same_units_in_all_processes(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("by", [pytest.param("magnitude", marks=pytest.mark.slow), "movement"])
+@pytest.mark.parametrize("by", ["magnitude", "movement"])
 def test_masks_that_grow_are_the_same_in_all_processes(tmp_path: Path, by: str) -> None:
     recipe = [["gradual", {**SHORT, "epochs": 2, "rate": 5e-4, "sparsity": 0.6, "by": by}]]
     (alone,) = trained(tmp_path / "alone", recipe, 1)

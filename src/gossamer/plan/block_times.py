@@ -97,7 +97,8 @@ def block_times(
 def block_format(layers: Iterable[LayerInfo], decisions: Mapping[str, Decision]) -> str | None:
     """Return what a block's linear layers are held and fed as under decisions by layer name; None where they differ.
 
-    Codes of 5 to 8 bits take a byte each and are multiplied alike.
+    Codes of 5 to 8 bits take a byte each and are multiplied alike; where inputs are not rounded they are turned into
+    floats first, whatever their grid.
     """
     formats = set()
     for layer in layers:
@@ -107,6 +108,9 @@ def block_format(layers: Iterable[LayerInfo], decisions: Mapping[str, Decision])
                 formats.add(FLOAT)
                 continue
             bytewise = one.weight.format == "int" and one.weight.bits > 4
+            if one.weight.format == "int" and one.activation is None:
+                formats.add("int8 weights" if bytewise else "int4 weights")
+                continue
             weight = one.weight.model_copy(update={"bits": 8}) if bytewise else one.weight
             formats.add(f"{weight} {one.activation or ''}".strip())
     return formats.pop() if len(formats) == 1 else None
