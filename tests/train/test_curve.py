@@ -31,7 +31,7 @@ class Said(Silent):
         self.lines.append(message)
 
 
-def told(folder: Path, began: int, losses: dict[int, float], parts: tuple[int, int] = (1, 4)) -> None:
+def told(folder: Path, began: int, losses: dict[int, float], parts: tuple[int, int, str] = (1, 4, "cpu")) -> None:
     curve, control = Curve(folder, parts, "distill"), TrainerControl()
     state = TrainerState(global_step=began, is_world_process_zero=True)
     curve.on_train_begin(None, state, control)
@@ -46,12 +46,14 @@ def test_the_first_step_that_is_taken_again_tells_the_same(tmp_path: Path) -> No
     with (tmp_path / FILE).open("a") as file:
         file.write('{"step": 4, "lo')  # killed
     told(tmp_path, 1, {2: 0.80000001, 3: 0.6})  # behind the first it may drift
-    told(tmp_path, 1, {2: 0.81}, parts=(2, 2))
+    with pytest.raises(TechniqueError, match=r"and was 0\.6"):  # what was told behind a torn line is known
+        told(tmp_path, 2, {3: 0.7})
+    told(tmp_path, 1, {2: 0.81}, parts=(2, 2, "cpu"))
     told(tmp_path, 0, {1: 0.5})  # begun anew
     with pytest.raises(
         TechniqueError, match=r"distill does not go on as it began: the loss of step 2 is 0\.9, and was"
     ):
-        told(tmp_path, 1, {2: 0.9}, parts=(2, 2))
+        told(tmp_path, 1, {2: 0.9}, parts=(2, 2, "cpu"))
     with pytest.raises(TechniqueError, match=r"and was 0\.81"):
         told(tmp_path, 1, {2: float("nan")})
 
@@ -145,7 +147,7 @@ def test_of_one_row_blocks_are_passed_again_and_then_there_is_nothing_left(
 def test_several_processes_end_and_go_on_with_less(tmp_path: Path, plan: Plan) -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
     team, watch = Team(rank=1, size=2), loop.Watch(Silent(), "distill")
-    with pytest.raises(TechniqueError) as raised:
+    with pytest.raises(TechniqueError, match="ran out of memory with 4 rows at a time") as raised:
         loop._in_smaller_parts(plan, error, tmp_path, watch, team, may_pass_again=False)
     assert "goes on with 2 at a time" in raised.value.hint
     assert loop.remembered(tmp_path, lambda: pytest.fail("asked anew")) == loop.Fit(2)

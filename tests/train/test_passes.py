@@ -59,7 +59,7 @@ def test_what_is_kept_is_what_was_predicted(make_lesson: Callable[[], Lesson]) -
     assert predicted.again < 0.8 * predicted.all
     with passed_again(blocks):
         outside = kept_bytes(run)
-    hidden = 4 * 12 * 32
+    hidden = 4 * 12 * 64
     assert outside + 2 * hidden <= predicted.again  # and besides what one block keeps while it is passed back
 
 
@@ -155,6 +155,7 @@ def test_fp8_learns_nearly_what_bf16_does(learned: Learn, emulated: None) -> Non
 def test_adam_in_8_bits_learns_nearly_the_same(learned: Learn) -> None:
     pytest.importorskip("torchao")
     plain, _ = learned("plain")
-    found, _ = learned("8-bit", optimizer="adamw_8bit")
+    found, _ = learned("8-bit", optimizer="adamw_8bit")  # of weights of 4096 values and more
     assert found.better
+    assert found.after != plain.after
     assert found.after == pytest.approx(plain.after, rel=0.1)

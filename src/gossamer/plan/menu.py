@@ -76,7 +76,7 @@ class Menu:
             self.waiting = sorted(filter(self._fits, self.cuts.narrower()), key=lambda steps: -self._bytes(steps))
             wave = self._taken_from_waiting()
         if not wave and not self.open and not self.taken:
-            wave = sorted(self.slow, key=self._seconds)[:WAVE]
+            wave = list(filter(self.possible, sorted(self.slow, key=self._seconds)[:WAVE]))
         if not wave:
             return False
         self._profile(wave)

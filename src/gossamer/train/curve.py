@@ -18,17 +18,17 @@ from gossamer.errors import TechniqueError
 
 FILE = "losses.jsonl"
 SAME = 1e-4  # by which it may differ: sums are made in the same order
-IN_OTHER_PARTS = 0.05  # where a step's rows are cut into other parts, or shared by another number of processes
+IN_OTHER_PARTS = 0.05  # where rows are cut into other parts, shared by other processes, or passed elsewhere
 
 
 class Curve(TrainerCallback):
     """Keep losses in a file, and compare the first one that is told again.
 
-    `parts` says how a step's rows are divided: processes, and rows of one pass. Raises TechniqueError from a step whose
-    loss is another than it was.
+    `parts` says how a step's rows are divided and where they are passed: processes, rows of one pass, the device.
+    Raises TechniqueError from a step whose loss is another than it was.
     """
 
-    def __init__(self, folder: Path, parts: tuple[int, int], label: str) -> None:
+    def __init__(self, folder: Path, parts: tuple[int, int, str], label: str) -> None:
         self.path = folder / FILE
         self.parts = list(parts)
         self.label = label
@@ -38,7 +38,11 @@ class Curve(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Read what was told before."""
         self.compared = state.global_step + 1
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+        told = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if told and not told.endswith("\n") and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # what comes next has a line of its own
+        for line in told.splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # the last one, of a run that was killed while it wrote

@@ -62,10 +62,8 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
     check_passes(lesson.student, plan, label)
     watch, asked = Watch(progress, label), plan.checkpointing
     with quiet_transformers(), quiet_trainer():
-        if plan.micro_batch is None:
-            find = partial(_fitting, lesson, plan, progress, label, team)
-            fit = remembered(folder, find, team)
-            plan = replace(plan, micro_batch=fit.rows, checkpointing=fit.checkpointing)
+        fit = remembered(folder, partial(_fitting, lesson, plan, progress, label, team), team)
+        plan = replace(plan, micro_batch=fit.rows, checkpointing=fit.checkpointing)
         before = judged(lesson, plan, team)  # as it came, whatever a checkpoint brings
         watch.usual = before.loss
         run = _run_split if plan.sharded and team.size > 1 else _run
@@ -161,7 +159,12 @@ def _steps(trainer: LessonTrainer, watch: Watch, team: Team, before: Judged) -> 
 
 
 def _fitting(lesson: Lesson, plan: Plan, progress: Progress, label: str, team: Team) -> Fit:
-    """Return how many rows of its share of a step fit at once into one process, and how they are passed."""
+    """Return how many rows of its share of a step fit at once into one process, and how they are passed.
+
+    Where it is said how many they are, so many: nothing is tried out.
+    """
+    if plan.micro_batch is not None:
+        return Fit(plan.micro_batch, bool(plan.checkpointing))
     longest = sorted(lesson.learned, key=lambda row: -sum(values.size for values in row.inputs.values()))[:2]
 
     def run(rows: Sequence[Batch]) -> Tensor:

@@ -90,7 +90,7 @@ class LessonTrainer(Trainer):
         team: Team,
         watch: Watch | None = None,
     ) -> None:
-        curve = (team.size, arguments.per_device_train_batch_size)
+        curve = (team.size, arguments.per_device_train_batch_size, plan.device.type)
         super().__init__(
             model=student,
             args=arguments,
