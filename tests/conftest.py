@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ TESTS = Path(__file__).parent
 DEFAULT_CAP = 60
 CAPS = {"runtimes": 120, "properties": 120, "plan": 180, "cli": 120, "fault": 240, "e2e": 600}
 SLOW_CAP = 300
-TARGET_SECONDS = 1.0
+TARGET_SECONDS, TARGET_FILE_SECONDS = 1.0, 20.0
 # Folders whose files take longest come first: a worker that gets one last keeps the others waiting.
 FIRST = ("train", "fault", "plan", "cli", "techniques", "runtimes")
 
@@ -59,6 +60,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{len(above)} of {len(passed)} tests took over {TARGET_SECONDS:g} s; the slowest:")
         for report in above[:10]:
             terminalreporter.write_line(f"  {report.duration:6.1f} s  {report.nodeid}")
+    _list_files(terminalreporter)
+
+
+def _list_files(terminalreporter: Any) -> None:
+    """List the files that take longest, with the fixtures that their tests waited for."""
+    files: Counter[str] = Counter()
+    for report in (one for found in terminalreporter.stats.values() for one in found if hasattr(one, "duration")):
+        files[report.nodeid.partition("::")[0]] += report.duration
+    if files and files.most_common(1)[0][1] > TARGET_FILE_SECONDS:
+        terminalreporter.write_line(f"{sum(files.values()):.0f} s in {len(files)} files; the longest, with fixtures:")
+        for name, seconds in files.most_common(20):
+            terminalreporter.write_line(f"  {seconds:6.1f} s  {name}")
 
 
 @pytest.fixture(autouse=True, scope="session")

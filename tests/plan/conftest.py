@@ -27,6 +27,7 @@ from gossamer.plan.profile import Effect, Profile, layer_formats
 from gossamer.plan.records import Figure, LatencyRecord, Original, PlanResult, RunResult
 from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
+from gossamer.runtimes.process import Served
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 
@@ -41,6 +42,21 @@ def brief_timing() -> Iterator[None]:
         patch.setitem(time_in_turns.__kwdefaults__, "budget_seconds", 1.0)
         patch.setitem(time_in_turns.__kwdefaults__, "round_seconds", 0.02)
         yield
+
+
+@contextmanager
+def noted_servings() -> Iterator[list[Path]]:
+    """Note the folder of every artifact for which a process is started."""
+    folders: list[Path] = []
+    serve = Job.serve
+
+    def noted(self: Job, folder: Path, runtime: str | None = None) -> Served:
+        folders.append(folder)
+        return serve(self, folder, runtime)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "serve", noted)
+        yield folders
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +137,7 @@ class Finished:
     arguments: dict[str, Any]
     said: tuple[str, ...]
     plan: PlanResult | None = None
+    served: tuple[Path, ...] = ()  # the folders for which a process was started
 
     @property
     def artifact(self) -> Path:
@@ -132,11 +149,11 @@ def optimized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Plan, then optimize the tiny model for a goal that it can reach, for PyTorch, in one folder."""
     out, noted = tmp_path_factory.mktemp("optimized") / "build", Noted()
     given = arguments(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=out)
-    with brief_timing():
+    with brief_timing(), noted_servings() as served:
         plan = api.plan(tiny / "model", **given)
         assert not (out / "artifact").exists()
         result = api.optimize(tiny / "model", **given, track=("tensorboard",), progress=noted)
-    return Finished(result, out, given, tuple(noted.lines), plan)
+    return Finished(result, out, given, tuple(noted.lines), plan, tuple(served))
 
 
 @pytest.fixture(scope="session")

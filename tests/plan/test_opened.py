@@ -1,17 +1,61 @@
-"""What can be asked of files that exist: evaluate, bench, compare."""
+"""A recipe that was applied: proven without a goal, and what can be asked of its files (evaluate, bench, compare)."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gossamer import api
 from gossamer.errors import ArtifactError, DataError, TaskError
+from gossamer.runtimes.manifest import MANIFEST
 
 pytestmark = pytest.mark.timeout(300)  # the first test also waits for the run that the others look at
+
+
+def test_an_applied_recipe_is_proven_without_a_goal(applied: Any) -> None:
+    result = applied.result
+    assert (result.verdict, result.goal, result.kind) == ("PASS", "", "apply")
+    assert result.reason == "the files hold what the recipe says, and compute what was computed in memory"
+    assert result.tried[0].recipe == [
+        {"quantize": {"targets": ["embedding"]}}, {"quantize": {"activations": "dynamic"}},
+    ]  # fmt: skip
+    manifest = json.loads((applied.artifact / MANIFEST).read_text())
+    assert manifest["calibration_fingerprint"] is None  # dynamic ranges look at no rows
+    assert manifest["recipe"] == result.tried[0].recipe
+    asked = {row.parameter: (row.asked, row.activation) for row in result.tried[0].measured.tensors}
+    assert asked["classifier.weight"] == ("int8 symmetric per channel", "uint8 dynamic per tensor")
+    assert asked["bert.embeddings.word_embeddings.weight"] == ("int8 symmetric per channel", "")
+
+
+def test_the_reported_accuracy_is_that_of_a_plain_loop_over_the_files(applied: Any, tiny: Path) -> None:
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    session = onnxruntime.InferenceSession(applied.artifact / "model.onnx", providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(applied.artifact)
+    labels = json.loads((applied.artifact / "config.json").read_text())["id2label"]
+    rows = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()]
+    names = {node.name for node in session.get_inputs()}
+    right = 0
+    for row in rows:
+        encoded = tokenizer([row["text"]], return_tensors="np")
+        (logits,) = session.run(["logits"], {n: encoded[n].astype(np.int64) for n in encoded if n in names})
+        right += labels[str(int(logits.argmax()))] == row["label"]
+    assert applied.result.tried[0].measured.figures["metric"].value == pytest.approx(right / len(rows))
+
+
+def test_what_the_artifact_computes_was_compared_with_memory(applied: Any) -> None:
+    (tried,) = applied.result.tried
+    found = tried.measured.equivalence
+    assert found.passed, (tried.name, found)
+    assert found.num_batches == 8
+    assert 0 < found.relative_error <= found.allowed
+    assert found.change > 0  # the recipe did something
 
 
 def test_an_artifact_scores_again_what_was_proven(applied: Any, tiny: Path) -> None:

@@ -31,6 +31,7 @@ from gossamer.plan.budget import device_limit, device_needs, memory_limit, neede
 from gossamer.plan.comparison import CHECKED_VALUES
 from gossamer.plan.coverage import coverage
 from gossamer.plan.job import Job
+from gossamer.plan.original import ORIGINAL_RUNTIME
 from gossamer.plan.predict import bytes_beside_saved
 from gossamer.plan.proof import NUM_CHECKED_BATCHES, NUM_STREAMED_BATCHES, artifact_inputs
 from gossamer.plan.rates import Rates, training_rate, values_of
@@ -139,7 +140,7 @@ class Forecaster:
         stored = job.source.shards.num_bytes if whole and job.source.shards is not None else 0
         costs.add("open", own + stored, rates.open_seconds)
         child = CHILD_BYTES + outputs + (floats if whole else _served_bytes(job))
-        self._add_original(costs, child)
+        self._add_original(costs, child, own + outputs)
         codes, applied = 0, []
         for step in steps:
             applied.append(step.entry())
@@ -170,12 +171,12 @@ class Forecaster:
         writing = (size + floats * traced) / rates.bytes_per_second  # the graph was made for the original
         costs.add("write", own + codes + largest + floats * EXPORT_COPIES * traced, writing)
         opening = START_SECONDS + rates.open_seconds
-        proving = 2 * opening + passes + self._scoring_seconds() + (TURNS_SECONDS + 2 * opening if whole else 0.0)
+        proving = opening + passes + self._scoring_seconds() + (TURNS_SECONDS + 2 * opening if whole else 0.0)
         costs.add("prove", rates.base_bytes + child * (2 if whole else 1), proving)
         costs.add("publish", rates.base_bytes, 2 * size / rates.bytes_per_second)
         return costs.stages()
 
-    def _add_original(self, costs: _Costs, child: float) -> None:
+    def _add_original(self, costs: _Costs, child: float, scoring: float) -> None:
         """Add what measuring the original takes, where this run has not done it: scored, timed, written unchanged."""
         job, rates = self.job, self.rates
         finished = {entry["kind"] for entry in job.run.journal() if entry["event"] == "finished"}
@@ -183,11 +184,13 @@ class Forecaster:
             return
         opening = START_SECONDS + rates.open_seconds
         seconds, memory = opening + self._scoring_seconds(), rates.base_bytes + child
-        if job.budget is None:
+        if job.budget is None:  # scored in this process, while one that has timed it may stand by
+            memory = max(memory, scoring + (child if job.keeps_open else 0))
             floats, traced = 4 * job.model.num_parameters, not job.runtime.streams
             seconds += TIMED_SECONDS
             seconds += rates.open_seconds + floats / rates.bytes_per_second + EXPORT_SECONDS * traced
-            seconds += opening + TIMED_SECONDS
+            if job.runtime.name != ORIGINAL_RUNTIME:
+                seconds += opening + TIMED_SECONDS
             memory = max(memory, rates.base_bytes + floats * (1 + EXPORT_COPIES * traced))
         costs.add("original", memory, seconds)
 

@@ -22,6 +22,7 @@ from gossamer.models.roles import ModelMap
 from gossamer.models.source import Source
 from gossamer.models.walker import Walker
 from gossamer.plan.calibration import apart
+from gossamer.plan.lending import Lent
 from gossamer.run.device import CPU
 from gossamer.run.progress import Progress
 from gossamer.run.team import ALONE, Team
@@ -30,6 +31,7 @@ from gossamer.runtimes.base import ExportRequest, Runtime
 from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Arrays, Batch, Evaluation, Row, Scores, Task, spread
 
+KEPT_OPEN = 1 << 30  # bytes of what stays open while others are made or timed
 STREAMED_TIMEOUT = 24 * 3600.0  # one answer may mean reading a whole model from disk
 
 
@@ -73,6 +75,8 @@ class Job:
     device: torch.device = CPU  # where calibration and training compute
     findings: tuple[Finding, ...] = ()  # about the calibration rows
     rows: Rowset = field(default_factory=Rowset)
+    proved: Lent = field(default_factory=Lent)  # the artifact whose files are judged
+    baseline: Lent = field(default_factory=Lent)  # the original, which is timed in turns with each candidate
 
     @property
     def profiled(self) -> tuple[Batch, ...]:
@@ -150,6 +154,11 @@ class Job:
             timeout=600.0 if self.budget is None else STREAMED_TIMEOUT,
             budget=self.budget,
         )
+
+    @property
+    def keeps_open(self) -> bool:
+        """Say whether the original may stay open between candidates: a small one, where memory is not counted."""
+        return self.memory is None and 4 * self.model.num_parameters <= KEPT_OPEN
 
     def step_inputs(self, **more: Any) -> dict[str, Any]:
         """Return what identifies a step of this job: the model, the task, and whatever else the step depends on."""

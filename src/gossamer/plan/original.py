@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +19,70 @@ from gossamer.runtimes.manifest import artifact_files, copy_companions
 from gossamer.runtimes.process import Served
 from gossamer.tasks.base import Arrays, Evaluation, RunAll
 
+ORIGINAL_RUNTIME = "torch"
 EVALUATION = "evaluation.safetensors"
+SCORING = "scoring the original"
+UNTIMED: dict[str, Any] = {"latency": None, "memory": 0}
 FEW_PASSES = 8  # a stage of fewer is over before its bar is read
 
 
 def original_folder(job: Job) -> tuple[str, Path]:
     """Return (runtime, folder) that serve the original: the user's own folder, or an exported program of a module."""
     if job.source.path is not None:
-        return "torch", job.source.path
+        return ORIGINAL_RUNTIME, job.source.path
 
     def build(folder: Path) -> dict[str, Any]:
-        runtime = get_runtime("torch")
+        runtime = get_runtime(ORIGINAL_RUNTIME)
         target = folder / "artifact"
         target.mkdir()
         runtime.write_original(job.source, target, job.request(runtime))
         return {}
 
-    return "torch", job.run.step("original-program", job.step_inputs(), build).folder / "artifact"
+    return ORIGINAL_RUNTIME, job.run.step("original-program", job.step_inputs(), build).folder / "artifact"
 
 
 def score_original(job: Job) -> tuple[Evaluation | None, dict[str, Any]]:
     """Return the original's evaluation on the held-out rows (None when there are none), and {latency, memory}."""
-    runtime, folder = original_folder(job)
 
     def build(step: Path) -> dict[str, Any]:
-        with job.serve(folder, runtime) as served:
-            if job.scored:
-                run_all = reported(served.run_all, job.progress, "scoring the original")
-                save_evaluation(job.task.evaluate(run_all, job.evaluation), step / EVALUATION)
-            if job.budget is not None:
-                return {"latency": None, "memory": 0}
-            seconds = timed(job, served, "timing the original")
-            memory = served.peak_memory()
-        return {"latency": seconds, "memory": memory}
+        measured = UNTIMED
+        if job.budget is None:
+            with baseline(job) as served:
+                measured = _timed_and_weighed(job, served, "timing the original")
+        if job.scored:
+            save_evaluation(_scores(job), step / EVALUATION)
+        return measured
 
     inputs = job.step_inputs(rows=job.prints["evaluation"], threads=job.threads)
     result = job.run.step("original", inputs, build)
     return load_evaluation(result.folder / EVALUATION) if job.scored else None, result.value
 
 
+@contextmanager
+def baseline(job: Job) -> Iterator[Served]:
+    """Lend the original in a process that has only been timed; it stays open where it is small."""
+    runtime, folder = original_folder(job)
+    with job.baseline.out(folder, partial(job.serve, folder, runtime)) as served:
+        yield served
+    if not job.keeps_open:
+        job.baseline.close()
+
+
+def _scores(job: Job) -> Evaluation:
+    """Return the original's evaluation: in this process, or in one of its own where it is read piece by piece."""
+    if job.budget is None:
+        run_all = reported(partial(job.computed, job.candidate()), job.progress, SCORING)
+        return job.task.evaluate(run_all, job.evaluation)
+    runtime, folder = original_folder(job)
+    with job.serve(folder, runtime) as served:
+        return job.task.evaluate(reported(served.run_all, job.progress, SCORING), job.evaluation)
+
+
 def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the unchanged model in the serving runtime, and {latency, memory, seconds to write}."""
+    """Return the folder of the unchanged model in the serving runtime, and its {latency, memory}.
+
+    Where the original itself is served by that runtime, its own figures are these.
+    """
 
     def write(step: Path) -> dict[str, Any]:
         target = step / "artifact"
@@ -69,13 +94,12 @@ def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
 
     def measure(step: Path) -> dict[str, Any]:
         with job.serve(folder) as served:
-            return {
-                "latency": timed(job, served, f"timing the original in {job.runtime.name}"),
-                "memory": served.peak_memory(),
-            }
+            return _timed_and_weighed(job, served, f"timing the original in {job.runtime.name}")
 
     inputs = job.step_inputs(runtime=job.runtime.name)
     folder = job.run.step("unchanged", inputs, write).folder / "artifact"
+    if job.runtime.name == ORIGINAL_RUNTIME:
+        return folder, score_original(job)[1]
     return folder, job.run.step("unchanged-timed", {**inputs, "threads": job.threads}, measure).value
 
 
@@ -94,6 +118,7 @@ def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
             memory_bytes=0,
         ), evaluation
     folder, unchanged = unchanged_artifact(job)
+    apart = job.runtime.name != ORIGINAL_RUNTIME
     record = Original(
         metric=metric_figure(job, evaluation) if evaluation is not None else None,
         size_bytes=shipped_bytes(files),
@@ -101,7 +126,7 @@ def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
         macs=job.model.macs,
         latency=LatencyRecord.model_validate(measured["latency"]),
         memory_bytes=measured["memory"],
-        same_runtime_latency=LatencyRecord.model_validate(unchanged["latency"]),
+        same_runtime_latency=LatencyRecord.model_validate(unchanged["latency"]) if apart else None,
         same_runtime_bytes=shipped_bytes(artifact_files(folder)),
     )
     return record, evaluation
@@ -121,11 +146,11 @@ def metric_figure(job: Job, evaluation: Evaluation) -> Figure:
     )
 
 
-def timed(job: Job, served: Served, label: str) -> dict[str, Any]:
-    """Return the latency record, as JSON, of one served artifact."""
+def _timed_and_weighed(job: Job, served: Served, label: str) -> dict[str, Any]:
+    """Return {latency, memory} of one served artifact, as JSON."""
     with job.progress.stage(label, None):
         found = time_in_turns(served, None, job.latency_inputs, None)
-    return latency_record(found.a).model_dump(mode="json")
+    return {"latency": latency_record(found.a).model_dump(mode="json"), "memory": served.peak_memory()}
 
 
 def latency_record(distribution: Any) -> LatencyRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
         if (reason := runtime.refusal_together(model, {})) is not None:
             raise RuntimeUnavailable(f"{runtime.name} cannot hold {source.name}: {reason}", "use --runtime torch")
         findings = check_calibration(prepared, calibration, inputs.progress)
-        yield Job(
+        job = Job(
             source=source,
             task=task,
             task_settings=dict(inputs.task_settings),
@@ -230,6 +230,8 @@ def opened_job(inputs: Inputs, prepared: Prepared, run: Run, team: Team = ALONE)
             findings=findings,
             rows=Rowset(prepared.calibration, inputs.calibration_rows, judged, prepared.others),
         )
+        with closing(job.proved), closing(job.baseline):
+            yield job
     finally:
         torch.set_num_threads(before)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.models.source import Source
-from gossamer.plan.job import InMemory, Job, load_evaluation, save_evaluation
+from gossamer.plan.job import KEPT_OPEN, InMemory, Job, load_evaluation, save_evaluation
 from gossamer.plan.proof import apply_steps, tokens_print
 from gossamer.plan.records import Record
 from gossamer.run.workspace import StepResult
@@ -35,7 +35,6 @@ from gossamer.techniques.base import Decision, Technique
 EVALUATION = "evaluation.safetensors"
 INPUT = "x"
 REPEATS, ROUNDS = 20, 5
-KEPT_OPEN = 1 << 30  # bytes of layers that stay open together while they are timed
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from gossamer.models.tokenizer_files import TOKENIZER
 from gossamer.plan.budget import samples_memory
 from gossamer.plan.comparison import compare_outputs, compare_tensors, thinned
 from gossamer.plan.job import Job, load_evaluation, save_evaluation
-from gossamer.plan.original import latency_record, metric_figure, original_folder, reported
+from gossamer.plan.original import baseline, latency_record, metric_figure, reported
 from gossamer.plan.records import Equivalence, Figure, LatencyRecord, Measured, TensorRow
 from gossamer.run.workspace import StepResult
 from gossamer.runtimes.base import Runtime
@@ -195,7 +195,7 @@ def check_artifact(
 def _check(job: Job, model: ModelMap, folder: Path, decisions: list[dict[str, Any]]) -> dict[str, Any]:
     tensors = compare_tensors(model, decisions, job.runtime.stored_tensors(folder / "artifact"))
     arrays = load_file(folder / "expected.safetensors")
-    with job.serve(folder / "artifact") as served:
+    with job.proved.out(folder, partial(job.serve, folder / "artifact")) as served:
         equivalence = compare_outputs(job, arrays, served.run_all, decisions)
     return {
         "equivalence": equivalence.model_dump(mode="json"),
@@ -208,7 +208,7 @@ def score_artifact(job: Job, folder: Path, original: Evaluation) -> Evaluation:
 
     def build(step: Path) -> dict[str, Any]:
         batches = as_served(job, folder / "artifact").evaluation
-        with job.serve(folder / "artifact") as served:
+        with job.proved.out(folder, partial(job.serve, folder / "artifact")) as served:
             run_all = reported(served.run_all, job.progress, "scoring the artifact")
             evaluation = job.task.evaluate(run_all, batches, original)
         # what the artifact kept is only needed of the original: scores are small, log-probabilities are not
@@ -232,11 +232,10 @@ def time_artifact(job: Job, folder: Path, *, longer: bool = False) -> dict[str, 
     """
 
     def build(_: Path) -> dict[str, Any]:
-        runtime, original = original_folder(job)
         request = as_served(job, folder / "artifact").latency_inputs
-        with job.serve(folder / "artifact") as served, job.serve(original, runtime) as baseline:
+        with job.serve(folder / "artifact") as served, baseline(job) as original:
             with job.progress.stage(f"timing in turns with the original{', longer' if longer else ''}", None):
-                pair = time_in_turns(served, baseline, request, job.latency_inputs, **(LONGER if longer else {}))
+                pair = time_in_turns(served, original, request, job.latency_inputs, **(LONGER if longer else {}))
             memory = served.peak_memory()
         assert pair.b is not None
         confidence = SECOND_LOOK if longer else 0.95
@@ -271,6 +270,7 @@ def measure(
     figures = {}
     if reference is not None:
         figures = quality_figures(job, score_artifact(job, folder, reference), reference)
+    job.proved.close()  # what is timed and weighed has computed nothing before
     latency = original_latency = LatencyRecord.not_measured()
     if job.budget is None:
         times = time_artifact(job, folder, longer=longer)
