@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gossamer.models import coupling
 from gossamer.models.candidate import Candidate
 from gossamer.models.channel_trials import mask
-from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.reduced_map import reduced_map
+from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Dimension, ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model

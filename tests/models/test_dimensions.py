@@ -17,7 +17,8 @@ from gossamer.models.candidate import Candidate
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import take_apart
 from gossamer.models.quantized import QuantSpec
-from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.reduced_map import reduced_map
+from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Dimension, ModelMap
 from gossamer.models.source import Source
 from gossamer.models.stock import Change, Stock, changed_config, shapes_of

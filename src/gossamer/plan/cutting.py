@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.models.quantized import rows_of
-from gossamer.models.reduction import reduced_map
+from gossamer.models.reduced_map import reduced_map
 from gossamer.models.roles import Cuttable, Dimension, ModelMap
 from gossamer.plan.allocation import NUM_SAMPLES, allocate
 from gossamer.plan.block_times import BlockTimes

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.goal import Constraint, Goal
-from gossamer.models.reduction import reduced_map
+from gossamer.models.reduced_map import reduced_map
 from gossamer.models.roles import Dimension
 from gossamer.plan.block_times import BlockTimes, block_format, block_times, formats_of
 from gossamer.plan.candidates import Steps, joined

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError, RecipeError, TechniqueError
 from gossamer.models.candidate import Candidate
-from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.reduced_map import reduced_map
+from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Dimension, ModelMap
 from gossamer.models.source import Source
 from gossamer.models.structure import map_model

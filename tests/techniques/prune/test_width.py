@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.example import made_up_example
 from gossamer.models.experts import take_apart
-from gossamer.models.reduction import reduced_map
+from gossamer.models.reduced_map import reduced_map
 from gossamer.models.roles import Cut, Dimension
 from gossamer.models.structure import map_model
 from gossamer.runtimes import get_runtime

@@ -15,7 +15,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from gossamer.models.candidate import Candidate
-from gossamer.models.reduction import reduced_map
+from gossamer.models.reduced_map import reduced_map
 from gossamer.models.roles import Cuttable, Dimension, ModelMap
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.distill.distill import Distill

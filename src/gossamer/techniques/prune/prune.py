@@ -25,7 +25,8 @@ from gossamer.errors import RecipeError, TechniqueError
 from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import rows_of
-from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.reduced_map import reduced_map
+from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
 from gossamer.models.walker import Walker
 from gossamer.tasks.base import Batch

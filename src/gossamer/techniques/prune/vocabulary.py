@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from gossamer.errors import GossamerError, RecipeError
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import QuantSpec
-from gossamer.models.reduction import reduced, reduced_map
+from gossamer.models.reduced_map import reduced_map
+from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Dimension, LayerInfo, ModelMap
 from gossamer.models.stock import Change, changed_config
 from gossamer.models.tokenizer_files import renumbered
