@@ -23,10 +23,13 @@ from gossamer.plan import proposed_cuts
 from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks, formats_of
 from gossamer.plan.candidates import recipes
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
+from gossamer.plan.fewer_blocks import DEEP, FewerBlocks
 from gossamer.plan.flow import make_tables
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, predicted_bytes
+from gossamer.plan.predict import Corrections, Tables, predicted_bytes, predicted_latency
 from gossamer.plan.prepare import Inputs, opened_job, prepare
+from gossamer.plan.profile import Profile
+from gossamer.plan.proof import apply_steps
 from gossamer.plan.proposed_cuts import SolvedCuts, cuts_solved_for
 from gossamer.plan.settled import settled
 from gossamer.plan.specimens import Workshop, block_kinds
@@ -295,3 +298,47 @@ def _check_that_sizes_are_solved_for_bytes(job: Job, tables: Tables) -> None:
     assert max(sizes) <= 0.99 * asked < rounded
     assert min(sizes) <= 0.94 * asked
     assert max(sizes) > 0.9 * asked  # no more is cut than has to be
+
+
+@pytest.mark.parametrize(("asked", "num_blocks"), [("latency <= 16%", 1), ("latency <= 37%", 2)])
+def test_harsh_goals_take_blocks_out_and_narrow_those_that_stay(
+    graph_job: Job, tables: Tables, monkeypatch: pytest.MonkeyPatch, asked: str, num_blocks: int
+) -> None:
+    goal, part = parse_goal(asked), 0.45  # each of two blocks takes that of the one second in the runtime
+    table = BlockTimes(
+        stack="bert.encoder.layer", blocks=(0, 1), format=FLOAT, seconds=part,
+        cut={"ffn": ((8, 0.3 * part), (128, part)), "heads attention": ((1, 0.7 * part), (2, part))},
+    )  # fmt: skip
+    tables = replace(tables, model=graph_job.model, runtime=graph_job.runtime, profile=Profile({}, {}, {}))
+    monkeypatch.setattr(proposed_cuts, "tables_of_blocks", lambda *_: (table,))
+    space = SearchSpace(model=graph_job.model, runtime=graph_job.runtime, task=graph_job.task, calibration_rows=64,
+                        wanted=frozenset(("latency",)))  # fmt: skip
+    cuts = SolvedCuts(graph_job, goal, tables, space, [])
+    tables, found = cuts.more(tables)
+    again = cuts.again(found[0], Corrections(latency={"": log(1.1)}))
+    assert len(found) == 2  # margins
+    assert again
+    for steps in (*found, *again):
+        decisions, after = resolved(graph_job.model, steps)
+        assert [stack.num_blocks for stack in after.stacks] == [num_blocks]
+        assert any(cuts_solved_for(step) for step in steps)
+        allowed = goal.constraints[0].bound * tables.original.latency.p50
+        assert 0.7 * allowed < predicted_latency(tables, decisions, after) <= allowed
+
+
+def test_which_blocks_go_is_measured_once(graph_job: Job) -> None:
+    fewer = FewerBlocks(graph_job)
+    (step,) = fewer.steps(0.25)
+    (again,) = FewerBlocks(graph_job).steps(0.2)
+    assert step == again
+    assert [entry["event"] for entry in graph_job.run.journal() if entry.get("kind") == "block-influence"] == [
+        "started", "finished", "reused",
+    ]  # fmt: skip
+    (stack,) = (one for one in graph_job.model.dimensions if one.kind == "layers")
+    by_itself = Prune.model_validate({"what": "layers", "remove": 1})
+    smaller, _ = apply_steps(graph_job, [by_itself])
+    (number,) = cast("Any", step.remove)
+    kept = graph_job.candidate().module.get_submodule(f"{stack.stack}.{1 - number}").state_dict()
+    found = smaller.module.get_submodule(f"{stack.stack}.0").state_dict()
+    assert all(torch.equal(values, found[name]) for name, values in kept.items())
+    assert fewer.steps(DEEP) == fewer.steps(0.0) == fewer.steps(-1.0) == ()

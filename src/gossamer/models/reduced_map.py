@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -10,11 +10,16 @@ from gossamer.models.dimensions import cut_shapes
 from gossamer.models.roles import Dimension, LayerInfo, Member, ModelMap
 
 
-def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
+def reduced_map(
+    model: ModelMap, sizes: Mapping[Dimension, int], blocks: Mapping[Dimension, Sequence[int]] | None = None
+) -> ModelMap:
     """Return the map of a model after dimensions were cut to other sizes, without looking at the model.
 
-    Of a stack that lost blocks the first ones are described: which ones stay is found out later, and they are alike.
+    `blocks` are the numbers of those that stay in a stack. Where that is found out later the first ones are described:
+    they are usually alike.
     """
+    for dimension, kept in (blocks or {}).items():
+        model = _in_front(model, dimension, kept)
     depth = {dimension.stack: size for dimension, size in sizes.items() if dimension.kind == "layers"}
     fewer = {dimension.name: (size, dimension.size) for dimension, size in sizes.items() if dimension.kind == "experts"}
     left = depth | {name: size for name, (size, _) in fewer.items()}
@@ -60,6 +65,55 @@ def reduced_map(model: ModelMap, sizes: Mapping[Dimension, int]) -> ModelMap:
             replace(one, num_experts=left.get(one.name, one.num_experts))
             for one in model.experts
             if not _goes(one.name, left)
+        ),
+    )
+
+
+def _in_front(model: ModelMap, dimension: Dimension, kept: Sequence[int]) -> ModelMap:
+    """Return the map with the blocks of a stack that stay in front, under the numbers that they will have."""
+    stack = dimension.stack
+    order = [*kept, *(number for number in range(dimension.size) if number not in kept)]
+    numbers = {before: after for after, before in enumerate(order)}
+
+    def named(name: str) -> str:
+        index, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+        inside = name.startswith(f"{stack}.") and index.isdigit()
+        return f"{stack}.{numbers[int(index)]}{dot}{rest}" if inside else name
+
+    def placed(member: Member) -> Member:
+        return replace(member, parameter=named(member.parameter))
+
+    def number(one: LayerInfo | Dimension) -> int | None:
+        return numbers[one.block] if one.stack == stack and one.block is not None else one.block
+
+    return replace(
+        model,
+        layers=tuple(
+            replace(
+                one,
+                name=named(one.name),
+                block=number(one),
+                stack=named(one.stack) if one.stack is not None else None,
+                tied_to=named(one.tied_to) if one.tied_to is not None else None,
+                experts=named(one.experts) if one.experts is not None else None,
+            )
+            for one in model.layers
+        ),
+        stacks=tuple(replace(one, name=named(one.name)) for one in model.stacks),
+        dimensions=tuple(
+            replace(
+                one,
+                name=named(one.name),
+                block=number(one),
+                stack=named(one.stack),
+                members=tuple(map(placed, one.members)),
+                readers=tuple(map(named, one.readers)),
+                buffers=tuple(map(placed, one.buffers)),
+            )
+            for one in model.dimensions
+        ),
+        experts=tuple(
+            replace(one, name=named(one.name), routers=tuple(map(named, one.routers))) for one in model.experts
         ),
     )
 

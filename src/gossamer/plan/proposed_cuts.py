@@ -31,6 +31,7 @@ from gossamer.plan.cutting import (
     cutting,
     seconds_by_size,
 )
+from gossamer.plan.fewer_blocks import FewerBlocks, is_taken, takes_named_blocks
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, format_key, predicted_bytes, predicted_latency
 from gossamer.plan.specimens import layers_of
@@ -97,7 +98,7 @@ class SolvedCuts:
         choices = cutting(self.job)
         if choices is None:
             return tables, self._cut_by_shares()
-        self._solver = _Solver(self.goal, tables, choices)
+        self._solver = _Solver(self.goal, tables, choices, FewerBlocks(self.job))
         solved = dict[Steps, None]()
         for steps in ((), *(one for one in self.without if not any(isinstance(step, Prune) for step in one))):
             solved |= dict.fromkeys(self._joined(steps))
@@ -127,12 +128,13 @@ class SolvedCuts:
 
         Where it took longer than predicted more is cut, where it took less, less.
         """
-        if self._solver is None or not any(cuts_solved_for(step) for step in steps):
+        solved = [step for step in steps if cuts_solved_for(step) or takes_named_blocks(step)]
+        if self._solver is None or not solved:
             return []
         slower = corrections.of(format_key(resolved(self.tables.model, steps)[0]))
         if abs(slower) < AS_PREDICTED:
             return []
-        rest = tuple(step for step in steps if not cuts_solved_for(step) and step.divergence_left == 1)
+        rest = tuple(step for step in steps if step not in solved and step.divergence_left == 1)
         return list(dict.fromkeys(self._joined(rest, exp(slower))))
 
     def _joined(self, steps: Steps, slower: float = 1.0) -> list[Steps]:
@@ -150,12 +152,14 @@ def cuts_solved_for(step: Technique) -> bool:
 class _Solver:
     """Solve for one goal; sizes that several recipes ask for are found once."""
 
-    def __init__(self, goal: Goal, tables: Tables, choices: Cutting) -> None:
+    def __init__(self, goal: Goal, tables: Tables, choices: Cutting, fewer: FewerBlocks) -> None:
         self.goal = goal
         self.tables = tables
         self.choices = choices
-        self.saved: dict[str, NDArray[np.int64]] = {}  # format or count -> what each size of each choice saves
-        self.known: dict[tuple[str, int], tuple[Prune, ...]] = {}  # and hundredths of all that can be saved
+        self.fewer = fewer
+        # format or count, and the blocks that go -> what each size of each choice saves
+        self.saved: dict[tuple[str, Steps], NDArray[np.int64]] = {}
+        self.known: dict[tuple[str, Steps, int], tuple[Prune, ...]] = {}  # and hundredths of all that can be saved
 
     def cuts(self, steps: Steps, slower: float = 1.0) -> Iterator[tuple[Prune, ...]]:
         """Yield the cuts that bring a recipe to the goal, alone or together with it.
@@ -163,21 +167,43 @@ class _Solver:
         `slower` is how many times longer than predicted its kind takes.
         """
         for quantity, needed in self._needed(steps, slower):
-            if quantity not in self.saved:
-                self.saved[quantity] = self.choices.saved(self._by_size(quantity, steps))
-            saved = self.saved[quantity]
-            hundredth = max(1, int(saved.max(axis=1).sum())) / 100
-            key = quantity, ceil(needed / hundredth)  # up: a bound on bytes is met or not
-            if key not in self.known:
-                sizes = None
-                if needed > 0:
-                    sizes = self.choices.best(saved, key[1] * hundredth) or self.choices.best(saved, needed)
-                self.known[key] = as_steps(sizes, self.tables.model) if sizes else ()
-            if self.known[key]:
-                yield self.known[key]
+            fewer = self.fewer.steps(self._left(quantity, needed))
+            if fewer:
+                before, after = (resolved(self.tables.model, one) for one in (steps, (*fewer, *steps)))
+                saving = predicted_latency(self.tables, *before) - predicted_latency(self.tables, *after)
+                needed -= saving / UNIT_SECONDS
+            found = (*self._narrower(quantity, needed, steps, fewer), *fewer)
+            if found and (needed <= 0 or len(found) > len(fewer)):
+                yield found
 
-    def _by_size(self, quantity: str, steps: Steps) -> Callable[[Dimension, int], float]:
-        """Return what there is of a quantity (a count, bytes, or a format's time) at each size of a dimension."""
+    def _narrower(self, quantity: str, needed: float, steps: Steps, fewer: tuple[Prune, ...]) -> tuple[Prune, ...]:
+        """Return the cuts of least predicted loss that save so much in the blocks that stay; none where none can."""
+        if (quantity, fewer) not in self.saved:
+            self.saved[quantity, fewer] = self.choices.saved(self._by_size(quantity, steps, fewer))
+        saved = self.saved[quantity, fewer]
+        hundredth = max(1, int(saved.max(axis=1).sum())) / 100
+        key = quantity, fewer, ceil(needed / hundredth)  # up: a bound on bytes is met or not
+        if key not in self.known:
+            sizes = None
+            if needed > 0:
+                sizes = self.choices.best(saved, key[2] * hundredth) or self.choices.best(saved, needed)
+            self.known[key] = as_steps(sizes, self.tables.model) if sizes else ()
+        return self.known[key]
+
+    def _left(self, format: str, needed: float) -> float:
+        """Return the share of the blocks' time in a format that stays; 1 for what is no format."""
+        blocks = sum(len(one.blocks) * one.seconds for one in self.tables.blocks if one.format == format)
+        return 1 - needed * UNIT_SECONDS / blocks if blocks else 1.0
+
+    def _by_size(self, quantity: str, steps: Steps, fewer: Sequence[Prune]) -> Callable[[Dimension, int], float]:
+        """Return what there is of a quantity (a count, bytes, or a format's time) at each size of a dimension.
+
+        In blocks that go there is nothing to save.
+        """
+        of = self._of_whole(quantity, steps)
+        return lambda one, size: 0.0 if is_taken(one, fewer) else of(one, size)
+
+    def _of_whole(self, quantity: str, steps: Steps) -> Callable[[Dimension, int], float]:
         if quantity in COUNTED:
             return counted_by_size(self.tables.model, quantity)
         if quantity.startswith(BYTES):

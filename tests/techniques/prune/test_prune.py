@@ -100,6 +100,28 @@ def test_a_skipped_block_hands_on_what_it_is_given() -> None:
     assert not torch.equal(block(given), given)
 
 
+@pytest.mark.parametrize("network", [llama, bert], ids=lambda build: build.__name__)
+def test_blocks_that_are_named_go_from_the_map_of_what_was_cut_unevenly_too(network: Any) -> None:
+    candidate, model, context = opened(network())
+    sizes = {"0": 16, "1": 24, "3": 48}
+    steps = [
+        Prune.model_validate({"what": "ffn", "to": sizes}),
+        Prune.model_validate({"what": "layers", "remove": [0, 2]}),
+    ]
+    after = resolved(model, steps)[1]
+    for step in steps:
+        candidate, model = step.apply(candidate, model, context), step.after(model)
+    assert model == after
+    shapes = {name: tuple(values.shape) for name, values in candidate.module.named_parameters()}
+    assert {f"{one.name}.weight": one.shape for one in after.layers if not one.tied_to} == {
+        name: shape for name, shape in shapes.items() if name.endswith(".weight")
+    }
+    assert after.num_parameters == sum(values.numel() for values in candidate.module.parameters())
+    assert [one.size for one in after.dimensions if one.kind == "ffn"] == [24, 48]
+    for one in after.dimensions:
+        assert all(shapes[member.parameter][member.axis] >= one.size * member.unit for member in one.members)
+
+
 def test_a_recipe_goes_on_with_the_smaller_model() -> None:
     candidate, model, context = opened(llama())
     steps = resolve(

@@ -17,7 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import TechniqueError
+from gossamer.models.blocks import find_stacks
+from gossamer.models.candidate import Candidate
 from gossamer.models.roles import Dimension
+from gossamer.models.walker import Forward, Walker
+
+
+def kept_experts(
+    candidate: Candidate, sizes: Mapping[Dimension, int], forward: Forward, samples: Sequence[dict[str, Tensor]]
+) -> dict[Dimension, list[int]]:
+    """Return the experts of each block that stay: those that add most, over all samples."""
+    walker = Walker(candidate.module, forward, samples)  # all samples pass a block before the next one is read
+    passes = partial(walker.outputs, find_stacks(candidate.module)[0], candidate.held)
+    scores = expert_scores(candidate.module, list(sizes), passes)
+    most = {one: scores[one].argsort(descending=True, stable=True)[:size] for one, size in sizes.items()}
+    return {one: sorted(chosen.tolist()) for one, chosen in most.items()}
 
 
 def expert_scores(

@@ -22,19 +22,17 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from gossamer.errors import RecipeError, TechniqueError
-from gossamer.models.blocks import find_stacks
 from gossamer.models.candidate import Candidate
 from gossamer.models.quantized import rows_of
 from gossamer.models.reduced_map import reduced_map
 from gossamer.models.reduction import reduced
 from gossamer.models.roles import Cut, Cuttable, Dimension, LayerInfo, ModelMap
-from gossamer.models.walker import Walker
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
 from gossamer.techniques.block import Block
 from gossamer.techniques.blockwise import MOST_SAMPLES, BlockTechnique
 from gossamer.techniques.prune.blocks import blocks_to_go
-from gossamer.techniques.prune.experts import expert_scores
+from gossamer.techniques.prune.experts import kept_experts
 from gossamer.techniques.prune.importance import forward_of, importance, tensors
 from gossamer.techniques.prune.masking import MIN_SAMPLES, Masking
 from gossamer.techniques.prune.readers import kept_units, known_beforehand, merged, readers_of, reading, units_of
@@ -163,7 +161,15 @@ class Prune(BlockTechnique):
 
     def after(self, model: ModelMap) -> ModelMap:
         """Return the map of the model once it is cut."""
-        return reduced_map(model, self.sizes(model))
+        sizes = self.sizes(model)
+        if not isinstance(self.remove, tuple):
+            return reduced_map(model, sizes)
+        return reduced_map(model, sizes, {one: self._named_to_stay(one) for one in sizes})
+
+    def _named_to_stay(self, one: Dimension) -> list[int]:
+        """Return the blocks that stay where those that go are named."""
+        assert isinstance(self.remove, tuple)
+        return [number for number in range(one.size) if number not in self.remove]
 
     def sizes(self, model: ModelMap) -> dict[Dimension, int]:
         """Return the size that each dimension is cut to. Raises RecipeError as `resolve` does."""
@@ -228,7 +234,8 @@ class Prune(BlockTechnique):
         if self.what == "layers":
             smaller = reduced(candidate, self._kept_blocks(candidate, sizes, context))
         elif self.what == "experts":
-            smaller = reduced(candidate, self._kept_experts(candidate, sizes, context))
+            forward, samples = forward_of(candidate, context), self._samples(context)
+            smaller = reduced(candidate, kept_experts(candidate, sizes, forward, samples))
         else:
             candidate = self._masked(candidate, model, sizes, context)
             kept = {one: kept_units(candidate, one, size) for one, size in sizes.items()}
@@ -267,8 +274,9 @@ class Prune(BlockTechnique):
             scores = taylor_scores(candidate, sizes, self._batches(context), context)
         for one, size in sizes.items():
             if isinstance(self.remove, tuple):
-                gone = set(self.remove)
-            elif scores:
+                kept[one] = self._named_to_stay(one)
+                continue
+            if scores:
                 free = [number for number in scores[one].argsort(stable=True).tolist() if number not in one.held]
                 gone = set(free[: one.size - size])
             else:
@@ -276,17 +284,6 @@ class Prune(BlockTechnique):
                 gone = set(blocks_to_go(candidate, one, count, self._by, samples, context))
             kept[one] = [number for number in range(one.size) if number not in gone]
         return kept
-
-    def _kept_experts(
-        self, candidate: Candidate, sizes: Mapping[Dimension, int], context: Context
-    ) -> dict[Dimension, list[int]]:
-        forward, samples = forward_of(candidate, context), self._samples(context)
-        # all samples pass a block before the next one is read
-        walker = Walker(candidate.module, forward, samples)
-        passes = partial(walker.outputs, find_stacks(candidate.module)[0], candidate.held)
-        scores = expert_scores(candidate.module, list(sizes), passes)
-        most = {one: scores[one].argsort(descending=True, stable=True)[:size] for one, size in sizes.items()}
-        return {one: sorted(chosen.tolist()) for one, chosen in most.items()}
 
     def _masked(
         self, candidate: Candidate, model: ModelMap, sizes: Mapping[Dimension, int], context: Context
