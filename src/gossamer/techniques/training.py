@@ -29,12 +29,13 @@ from gossamer.run.fingerprint import hash_json
 from gossamer.tasks.base import Batch, spread
 from gossamer.techniques.base import Context, Technique
 from gossamer.techniques.followed import attention_pairs, blocks_of, mapped, paired, related
+from gossamer.techniques.remembered import Remembered
 from gossamer.train.attention import Maps, Relations
 from gossamer.train.lesson import Lesson, Optimizer, Outcome, Plan, Precision, rows_of_one
 from gossamer.train.objectives import Divergence, Hidden, Labels, Logits, Objective
 from gossamer.train.on_policy import OnPolicy, check_writes
 from gossamer.train.projections import fitted
-from gossamer.train.teacher_cache import FEW, CachedLogits, TeacherCache, print_of, write
+from gossamer.train.teacher_cache import FEW
 
 MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
@@ -177,8 +178,9 @@ class TrainingTechnique(Technique):
         teacher = source.original(task).requires_grad_(False)
         pairs = paired(blocks_of(candidate.module), blocks_of(teacher))
         objectives: list[tuple[float, Objective]] = []
+        predictions = Logits(self.divergence, self.temperature, self.top_k)
         if self.logits:
-            objectives.append((self.logits, Logits(self.divergence, self.temperature, self.top_k)))
+            objectives.append((self.logits, predictions))
         lesson = Lesson(
             student=candidate.module,
             forward=lambda module, inputs: source.forward(module, inputs, task.output),
@@ -203,50 +205,12 @@ class TrainingTechnique(Technique):
             check_writes(candidate.module, rows, self.name)
             lesson.on_policy = OnPolicy(self.on_policy, self.new_tokens, context.seed)
         elif self._follows_predictions_alone and self.teacher != "beside":
-            self._remember_teacher(lesson, rows, context)
+            remembered = Remembered(lesson, rows, self._precision(context), context)
+            if self.teacher == "auto" and self.top_k is None and remembered.num_classes() > FEW:
+                teacher.to("cpu")  # beside, it is moved with the student
+            else:
+                remembered.follow(predictions, self.name)
         return lesson
-
-    def _remember_teacher(self, lesson: Lesson, rows: Sequence[Batch], context: Context) -> None:
-        """Have the original run once over all rows, and its predictions read from disk instead of running it again."""
-        teacher, team = lesson.teacher, context.team
-        assert teacher is not None
-        teacher.to(context.device)
-        precision = self._precision(context)
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-
-        def predict(inputs: dict[str, Tensor]) -> Tensor:
-            inputs = {name: values.to(context.device) for name, values in inputs.items()}
-            with torch.autocast(context.device.type, dtype, enabled=precision != "fp32"):
-                return lesson.forward(teacher, inputs)
-
-        with torch.no_grad():
-            classes = predict({name: torch.from_numpy(values) for name, values in rows[0].inputs.items()}).shape[-1]
-        if self.teacher == "auto" and self.top_k is None and classes > FEW:
-            teacher.to("cpu")
-            return
-        inputs: dict[str, Any] = {
-            **context.identity, "read": print_of(rows), "precision": precision,
-            "top_k": self.top_k, "temperature": self.temperature,
-        }  # fmt: skip
-
-        def build(folder: Path) -> int:
-            write(
-                folder, rows, predict, top_k=self.top_k, temperature=self.temperature, progress=context.progress,
-                label=self.name,
-            )  # fmt: skip
-            return classes
-
-        if context.run is None:
-            kept = TemporaryDirectory(prefix=f"gossamer-{self.name}-teacher-")
-            lesson.kept.append(kept)
-            folder = Path(kept.name)
-            build(folder)
-        else:
-            found = context.run.step("teacher", inputs, build).folder if team.leads else None
-            folder = Path(team.everywhere(None if found is None else str(found)))
-        cached = CachedLogits(TeacherCache(folder, rows), self.divergence, self.temperature)
-        lesson.objectives = [(weight, cached if isinstance(one, Logits) else one) for weight, one in lesson.objectives]
-        lesson.teacher, lesson.teacher_blocks = None, ()
 
     def _hidden(self, lesson: Lesson, context: Context) -> Hidden:
         """Return what follows blocks, with layers that lead to the original's width where the student is narrower."""
