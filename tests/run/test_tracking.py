@@ -27,6 +27,13 @@ def told(name: str, out: Path) -> None:
         progress.file(page)
 
 
+def fail(name: str, out: Path) -> None:
+    """Tell one tracker what was asked for, and fail."""
+    with tracked([name], out, Silent()) as progress:
+        progress.settings({"goal": "size <= 30%"})
+        raise RunError("out of disk", "none")
+
+
 def test_tensorboard_holds_curves_words_and_the_report(tmp_path: Path) -> None:
     told("tensorboard", tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -58,6 +65,18 @@ def test_mlflow_holds_curves_words_and_the_report(tmp_path: Path, monkeypatch: p
     assert [one.path for one in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 
+def test_mlflow_says_that_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RunError, match="out of disk"):
+        fail("mlflow", tmp_path)
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{(tmp_path / 'tracking' / 'mlflow' / 'mlflow.db').resolve()}")
+    (experiment,) = client.search_experiments(filter_string="name = 'gossamer'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.params) == ("FAILED", {"goal": "size <= 30%"})
+
+
 def test_wandb_holds_curves_words_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -76,6 +95,25 @@ def test_wandb_holds_curves_words_and_the_report(tmp_path: Path, monkeypatch: py
     assert again == [(1, 5.0), (2, 4.0)]
     (candidate,) = [row for row in rows if "candidates/recipe" in row]
     assert (candidate["candidates/quality"], candidate["candidates/recipe"]) == (0.99, "int8")
+
+
+def test_wandb_says_that_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    with pytest.raises(RunError, match="out of disk"):
+        fail("wandb", tmp_path)
+    (file,) = (tmp_path / "tracking" / "wandb").rglob("run-*.wandb")
+    codes: list[int] = []
+    for _ in range(60):
+        records = map(wandb_internal_pb2.Record.FromString, log_records(file.read_bytes()))
+        codes = [record.exit.exit_code for record in records if record.HasField("exit")]
+        if codes:
+            break
+        time.sleep(0.5)
+    assert codes == [1]
 
 
 def wandb_rows(file: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
@@ -169,9 +207,9 @@ class Failing:
         """Keep a file."""
         self._reached(path.name)
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         """Close."""
-        self._reached("finish")
+        self._reached("failed" if failed else "finish")
 
 
 def test_a_tracker_out_of_reach_is_said_once_and_the_run_goes_on(
@@ -192,9 +230,12 @@ def test_a_tracker_out_of_reach_is_said_once_and_the_run_goes_on(
 def test_what_a_run_raises_is_not_hidden_by_a_tracker_that_cannot_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lasts = Failing(after=9)
     monkeypatch.setitem(TRACKERS, "tensorboard", lambda folder: Failing(after=0))
-    with pytest.raises(RunError, match="the run's own"), tracked(["tensorboard"], tmp_path, Silent()):
+    monkeypatch.setitem(TRACKERS, "mlflow", lambda folder: lasts)
+    with pytest.raises(RunError, match="the run's own"), tracked(["tensorboard", "mlflow"], tmp_path, Silent()):
         raise RunError("the run's own", "none")
+    assert lasts.told == ["failed"]
 
 
 def test_a_tracker_that_cannot_be_opened_is_one_of_our_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ class Tracker(Protocol):
     def file(self, path: Path) -> None:
         """Keep a copy of a file."""
 
-    def finish(self) -> None:
-        """Write what is left, and close."""
+    def finish(self, *, failed: bool) -> None:
+        """Write what is left, say whether the run came to its end, and close."""
 
 
 class Tracked:
@@ -94,9 +94,9 @@ class Tracked:
                 f"see its environment variables, or leave out --track {name}",
             ) from error
 
-    def finish(self) -> None:
+    def finish(self, *, failed: bool) -> None:
         """Let every tracker write what is left, and close."""
-        self._tell(lambda tracker: tracker.finish())
+        self._tell(lambda tracker: tracker.finish(failed=failed))
 
     def _tell(self, told: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -118,14 +118,15 @@ def tracked(names: Sequence[str], out: Path, progress: Progress) -> Iterator[Tra
     """
     if names and num_processes() > 1:
         raise RunError(f"--track is for one process, {num_processes()} were started", "leave it out under torchrun")
-    found = Tracked(progress)
+    found, ended = Tracked(progress), False
     try:
         for name in dict.fromkeys(names):
             _check(name)
             found.open(name, out / FOLDER / name)
         yield found
+        ended = True
     finally:
-        found.finish()
+        found.finish(failed=not ended)
 
 
 def _check(name: str) -> None:
@@ -149,8 +150,9 @@ class _Known:
         """Keep what the run was asked to do."""
         self.tracker.store_init_configuration(dict(values))
 
-    def finish(self) -> None:
-        """Write what is left, and close."""
+    def finish(self, *, failed: bool) -> None:
+        """Write what is left, and close; of a run that failed the last numbers are all there is to say so."""
+        del failed
         self.tracker.finish()
 
 
@@ -190,6 +192,10 @@ class _WeightsAndBiases(_Known):
         """Keep a file as an artifact of the run."""
         self.tracker.tracker.log_artifact(str(path), name=path.stem, type="report")
 
+    def finish(self, *, failed: bool) -> None:
+        """Write what is left, and close: `failed` or `finished`."""
+        self.tracker.tracker.finish(exit_code=int(failed))
+
 
 class _MLflow(_Known):
     """A run of MLflow; words, which are no metrics, become tags."""
@@ -213,6 +219,12 @@ class _MLflow(_Known):
     def file(self, path: Path) -> None:
         """Keep a file as an artifact of the run."""
         self.tracker.log_artifact(str(path))
+
+    def finish(self, *, failed: bool) -> None:
+        """Write what is left, and close: FAILED or FINISHED."""
+        import mlflow
+
+        mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 TRACKERS: dict[str, Callable[[Path], Tracker]] = {
