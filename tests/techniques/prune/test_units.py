@@ -16,6 +16,7 @@ from gossamer.techniques.prune.units import (
     made_up_for,
     magnitude_scores,
     obs_order,
+    obs_path,
 )
 from gossamer.techniques.quantize.gptq import output_error
 
@@ -79,6 +80,27 @@ def test_the_first_unit_to_go_is_the_one_whose_loss_is_least(unit: int) -> None:
     assert left(pair) <= 1.5 * best  # greedy, but with what is left judged anew
     by_size = magnitude_scores(weight_OI, unit).argsort()[:2].tolist()
     assert left(pair) <= left(by_size)
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+def test_each_unit_on_the_way_is_the_best_of_those_left_and_the_rest_makes_up_for_all(unit: int) -> None:
+    weight_OI, _, second_II = case(inputs=36)
+    counts = range(1, 36 // unit)
+    stays_I = torch.ones(36, dtype=torch.bool)
+
+    def left(gone: int) -> float:
+        rest_I = stays_I.clone()
+        rest_I[gone * unit : (gone + 1) * unit] = False
+        return output_error(weight_OI, made_up_for(weight_OI, second_II, rest_I, damping=TINY), second_II)
+
+    path = obs_path(weight_OI, second_II, unit, list(counts), damping=TINY)
+    for count, (gone, found_OI) in zip(counts, path, strict=True):
+        free = [number for number in range(36 // unit) if stays_I[number * unit]]
+        assert left(gone[-1]) <= 1.001 * min(map(left, free))
+        stays_I[gone[-1] * unit : (gone[-1] + 1) * unit] = False
+        assert len(set(gone)) == len(gone) == count
+        fitted_OI = made_up_for(weight_OI, second_II, stays_I, damping=TINY)
+        torch.testing.assert_close(found_OI.float(), fitted_OI, rtol=1e-3, atol=1e-3)
 
 
 def test_units_that_two_weights_read_go_by_the_losses_of_both() -> None:

@@ -21,7 +21,7 @@ Whichever go, the weights that stay can make up for them at once: the best ones 
 
 the least squares fit to the outputs of the whole layer. For `obs` these are the weights that its steps end at.
 
-Shape suffixes: O outputs, I inputs, U units, b inputs of one unit.
+Shape suffixes: O outputs, I inputs, U units, b inputs of one unit, G inputs of those that go together.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from gossamer.errors import TechniqueError
 
+HELD = 0.8  # of the columns are no zeros: of fewer the zeros are taken out
 SHARE_AT_A_TIME = 0.01  # of the units that are left may go together between two judgements of `obs`, one at least
 
 
@@ -81,8 +82,7 @@ def obs_path(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield, each time as many units are gone as one of the ascending `counts` says, which, and the weight, float64.
 
-    `together` is the share of those left that may go between two judgements. The values that are yielded change as the
-    path goes on. Raises TechniqueError as `obs_order` does.
+    `together` is the share of those left that may go between two judgements. Raises TechniqueError as `obs_order` does.
     """
     columns_Ub = torch.arange(weight_OI.shape[1], device=weight_OI.device).view(-1, unit)
     for gone, (left,) in _joint_path([(weight_OI, second_II, columns_Ub)], counts, damping, together):
@@ -122,34 +122,58 @@ def _joint_path(
 
 
 class _Left:
-    """Hold what is left of a weight and of the inverse of its inputs' moments while units go."""
+    """Hold what is left of a weight and of the inverse of its inputs' moments while units go.
+
+    Columns that went are zero, and from time to time taken out (K are those that are held).
+    """
 
     def __init__(self, weight_OI: Tensor, second_II: Tensor, columns_Ub: Tensor, damping: float) -> None:
-        self.weight_OI = weight_OI.double().clone()
         self.columns_Ub = columns_Ub
-        self.inverse_II = torch.cholesky_inverse(_factor(second_II.double(), damping))
-        size = float(((self.weight_OI @ second_II.double()) * self.weight_OI).sum())
+        self.weight_OK = weight_OI.double().clone()
+        self.inverse_KK = torch.cholesky_inverse(_factor(second_II.double(), damping))
+        self.held_K = torch.arange(weight_OI.shape[1], device=weight_OI.device)  # as columns of the whole weight
+        self.place_I = self.held_K.clone()  # of a column that is held among those
+        self.stays_K = torch.ones_like(self.held_K, dtype=torch.bool)
+        size = float(((self.weight_OK @ second_II.double()) * self.weight_OK).sum())
         self.size = size or 1.0
 
+    @property
+    def weight_OI(self) -> Tensor:
+        """Return the whole weight, zero where columns went."""
+        whole_OI = self.weight_OK.new_zeros(len(self.weight_OK), len(self.place_I))
+        whole_OI[:, self.held_K] = self.weight_OK
+        return whole_OI
+
     def losses(self, stays_U: Tensor) -> Tensor:
-        """Return what each unit's going alone adds to the error, as a share of the outputs, [U]."""
-        at = self.columns_Ub
-        pivots_Ubb = self.inverse_II[at[:, :, None], at[:, None, :]]
-        pivots_Ubb[~stays_U] = torch.eye(at.shape[1], dtype=torch.float64, device=at.device)  # these are zero by now
-        columns_UbO = self.weight_OI.t()[at]
-        losses_U: Tensor = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
+        """Return what each unit's going alone adds to the error, as a share of the outputs, [U]; 0 for those gone."""
+        at = self.place_I[self.columns_Ub[stays_U]]
+        losses_U = torch.zeros(len(stays_U), dtype=torch.float64, device=at.device)
+        if at.shape[1] == 1:
+            lengths_K = self.weight_OK.square().sum(0)
+            losses_U[stays_U] = (lengths_K / self.inverse_KK.diagonal())[at[:, 0]]
+        else:
+            pivots_Ubb = self.inverse_KK[at[:, :, None], at[:, None, :]]
+            columns_UbO = self.weight_OK.t()[at]
+            losses_U[stays_U] = (torch.linalg.solve(pivots_Ubb, columns_UbO) * columns_UbO).sum((1, 2))
         return losses_U / self.size
 
     def take(self, chosen: Tensor) -> None:
         """Take units out, the other columns making up for them."""
-        at = self.columns_Ub[chosen].flatten()
-        rows_GI = self.inverse_II[at]
-        solved_GI = torch.linalg.solve(rows_GI[:, at], rows_GI)
-        self.weight_OI -= self.weight_OI[:, at] @ solved_GI
-        self.inverse_II -= rows_GI.t() @ solved_GI
-        self.weight_OI[:, at] = 0.0
-        self.inverse_II[at] = 0.0
-        self.inverse_II[:, at] = 0.0
+        at = self.place_I[self.columns_Ub[chosen].flatten()]
+        rows_GK = self.inverse_KK[at]
+        solved_GK = torch.linalg.solve(rows_GK[:, at], rows_GK)
+        self.weight_OK.addmm_(self.weight_OK[:, at], solved_GK, alpha=-1)
+        self.inverse_KK.addmm_(rows_GK.t(), solved_GK, alpha=-1)
+        self.weight_OK[:, at] = 0.0
+        self.inverse_KK[at] = 0.0
+        self.inverse_KK[:, at] = 0.0
+        self.stays_K[at] = False
+        stay_K = self.stays_K.nonzero().flatten()
+        if len(stay_K) < HELD * len(self.stays_K):
+            self.weight_OK = self.weight_OK[:, stay_K]
+            self.inverse_KK = self.inverse_KK[stay_K][:, stay_K]
+            self.held_K, self.stays_K = self.held_K[stay_K], self.stays_K[stay_K]
+            self.place_I[self.held_K] = torch.arange(len(stay_K), device=stay_K.device)
 
 
 def made_up_for(weight_OI: Tensor, second_II: Tensor, stays_I: Tensor, *, damping: float = 0.01) -> Tensor:
