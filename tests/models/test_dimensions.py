@@ -158,6 +158,9 @@ def test_the_cut_model_is_the_masked_one_and_its_class_opens_it(family: str, kin
         shape = layer.shape[::-1] if layer.transposed else layer.shape
         if f"{layer.name}.weight" in names:
             assert names[f"{layer.name}.weight"] == shape
+    if kind == "layers":  # which ones stay is known: the map is that of the smaller model
+        told, seen = reduced_map(model, sizes, kept), map_model(smaller.module, example, logits)
+        assert {one.name: one.shape for one in told.layers} == {one.name: one.shape for one in seen.layers}
     possible = ones[0].attributes != IMPOSSIBLE
     assert smaller.stock is possible
     refusals = {get_runtime("torch").cut_refusal(Cut(one, sizes[one])) for one in ones}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ def test_who_asks_for_the_same_gets_the_same_process_which_is_stopped_in_between
     with lent.out("one", start) as served:
         first = served.pid
         assert served.run(X)["logits"].tolist() == [[5, 5, 5]]
+    os.waitid(os.P_PID, first, os.WSTOPPED | os.WNOWAIT)
     assert state(first) == "T"
     with lent.out("one", start) as served:
         assert served.pid == first
@@ -51,6 +54,18 @@ def test_who_asks_for_the_same_gets_the_same_process_which_is_stopped_in_between
     assert state(second) == ""
     lent.close()  # harmless
     with lent.out("other", start) as served:
+        assert served.run(X)["logits"].tolist() == [[5, 5, 5]]
+    lent.close()
+
+
+def test_one_that_ended_while_it_stood_by_is_opened_anew(start: Start) -> None:
+    lent = Lent()
+    with lent.out("one", start) as served:
+        first = served.pid
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    with lent.out("one", start) as served:
+        assert served.pid != first
         assert served.run(X)["logits"].tolist() == [[5, 5, 5]]
     lent.close()
 

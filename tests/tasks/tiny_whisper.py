@@ -25,8 +25,8 @@ def sound(seed: int, seconds: float = 0.5) -> NDArray[np.float32]:
     return np.sin(2 * np.pi * (200 + 150 * seed) * times).astype(np.float32) * 0.3
 
 
-def write_whisper(folder: Path) -> Path:
-    """Write model and processor into `folder`, the same bytes every time, and return it."""
+def write_whisper(folder: Path, blocks: int = 1) -> Path:
+    """Write model and processor into `folder`, the same bytes every time, and return it; so many blocks in each half."""
     names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", *SPECIAL]
     tokenizer = WhisperTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
@@ -34,7 +34,7 @@ def write_whisper(folder: Path) -> Path:
     WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     torch.manual_seed(3)
     config = WhisperConfig(
-        vocab_size=len(names), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        vocab_size=len(names), d_model=32, encoder_layers=blocks, decoder_layers=blocks, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=50,
         max_target_positions=128, init_std=0.5, eos_token_id=256, decoder_start_token_id=257, pad_token_id=256,
         bos_token_id=256, suppress_tokens=None, begin_suppress_tokens=None,

@@ -18,7 +18,8 @@ def reduced_map(
     `blocks` are the numbers of those that stay in a stack. Where that is found out later the first ones are described:
     they are usually alike.
     """
-    for dimension, kept in (blocks or {}).items():
+    blocks = blocks or {}
+    for dimension, kept in blocks.items():
         model = _in_front(model, dimension, kept)
     depth = {dimension.stack: size for dimension, size in sizes.items() if dimension.kind == "layers"}
     fewer = {dimension.name: (size, dimension.size) for dimension, size in sizes.items() if dimension.kind == "experts"}
@@ -60,7 +61,11 @@ def reduced_map(
         num_parameters=model.num_parameters - lost,
         num_bytes=round((model.num_parameters - lost) * bytes_each),
         macs=sum(layer.macs for layer in layers) + round(attended * share),
-        dimensions=tuple(_smaller_dimension(one, sizes, left) for one in model.dimensions if not _goes(one.name, left)),
+        dimensions=tuple(
+            _smaller_dimension(one, sizes, left, blocks.get(one))
+            for one in model.dimensions
+            if not _goes(one.name, left)
+        ),
         experts=tuple(
             replace(one, num_experts=left.get(one.name, one.num_experts))
             for one in model.experts
@@ -167,8 +172,13 @@ def _attention_left(model: ModelMap, sizes: Mapping[Dimension, int], depth: Mapp
     return (1 - cut) * left / blocks if blocks else 1 - cut
 
 
-def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], left: Mapping[str, int]) -> Dimension:
-    """Return a dimension after cuts: members move up by what goes in front of them, or go with block or expert."""
+def _smaller_dimension(
+    dimension: Dimension, sizes: Mapping[Dimension, int], left: Mapping[str, int], blocks: Sequence[int] | None
+) -> Dimension:
+    """Return a dimension after cuts: members move up by what goes in front of them, or go with block or expert.
+
+    `blocks` are its units that stay, where it is a stack of which they are known: those that cannot go move up too.
+    """
 
     def moved(member: Member) -> Member:
         removed = sum(
@@ -182,6 +192,7 @@ def _smaller_dimension(dimension: Dimension, sizes: Mapping[Dimension, int], lef
     return replace(
         dimension,
         size=sizes.get(dimension, dimension.size),
+        held=dimension.held if blocks is None else tuple(map(blocks.index, dimension.held)),
         members=tuple(moved(one) for one in dimension.members if not _goes(one.parameter, left)),
         readers=tuple(reader for reader in dimension.readers if not _goes(reader, left)),
         buffers=tuple(moved(one) for one in dimension.buffers if not _goes(one.parameter, left)),

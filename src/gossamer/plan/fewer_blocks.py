@@ -4,7 +4,8 @@ next to nothing.
 Where a share r of the blocks' time is left, sqrt(r) of the blocks stay and each is cut to the sqrt(r) of its own time:
 half of the saving, in logarithms, comes from depth and half from size, as those who scale models up share it out (Tan
 and Le, "EfficientNet", 2019, section 3.3, raise depth and width together). Which blocks go is told by their influence
-(`techniques/prune/blocks.py`). Left out: other shares of the two, each of which would have to be profiled.
+(`techniques/prune/blocks.py`). Left out: other shares of the two, each of which would have to be profiled; neither the
+root nor DEEP was compared with others on a real model yet.
 """
 
 from __future__ import annotations

@@ -28,9 +28,10 @@ class Lent:
     def out(self, key: Hashable, start: Callable[[], Served]) -> Iterator[Served]:
         """Lend what `start` opens, or what it opened before under this key; stopped when it comes back.
 
-        It is closed where the borrower fails, since nothing then says in what state it is.
+        It is closed where the borrower fails, since nothing then says in what state it is, and opened anew where it
+        ended while it stood by (a system short of memory ends such processes first).
         """
-        if self._served is None or self._key != key:
+        if self._served is None or self._key != key or self._served.ended:
             self.close()
             self._served, self._key = start(), key
         served = self._served

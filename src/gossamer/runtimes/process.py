@@ -99,6 +99,11 @@ class Served:
         """Return the child's process id."""
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Say whether the child is gone, however it went."""
+        return self._process.poll() is not None
+
     def reopen(self, folder: Path, *, keep: bool = False) -> None:
         """Open another artifact of the same runtime in the same child, in place of the one that lay open.
 

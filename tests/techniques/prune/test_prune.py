@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def test_blocks_that_are_named_go_from_the_map_of_what_was_cut_unevenly_too(netw
     assert [one.size for one in after.dimensions if one.kind == "ffn"] == [24, 48]
     for one in after.dimensions:
         assert all(shapes[member.parameter][member.axis] >= one.size * member.unit for member in one.members)
+
+
+def test_a_block_that_cannot_go_is_known_by_its_new_number() -> None:
+    _, model, _ = opened(llama())
+    dimensions = [replace(one, held=(2,)) if one.kind == "layers" else one for one in model.dimensions]
+    after = Prune(what="layers", remove=(0,)).after(replace(model, dimensions=tuple(dimensions)))
+    assert [one.held for one in after.dimensions if one.kind == "layers"] == [(1,)]
+    with pytest.raises(RecipeError, match=r"block 1 of model\.layers holds what the others read"):
+        Prune(what="layers", remove=(1,)).sizes(after)
 
 
 def test_a_recipe_goes_on_with_the_smaller_model() -> None:
