@@ -26,7 +26,7 @@ def sound(seed: int, seconds: float = 0.5) -> NDArray[np.float32]:
 
 
 def write_whisper(folder: Path, blocks: int = 1) -> Path:
-    """Write model and processor into `folder`, the same bytes every time, and return it; so many blocks in each half."""
+    """Write model and processor, each half of so many blocks, into `folder`, the same bytes every time; return it."""
     names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", *SPECIAL]
     tokenizer = WhisperTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
