@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gossamer.run.progress import Silent
 from gossamer.train.gains import Judged, Patience
+from gossamer.train.lesson import Lesson, Plan
+from gossamer.train.loop import train
 
 
 def judged(values: object) -> Judged:
@@ -57,3 +62,13 @@ def test_looks_in_vain_are_counted_from_the_last_gain(tmp_path: Path) -> None:
 def test_slow_progress_is_measured_from_the_last_gain_and_not_from_the_last_look() -> None:
     patience, drift = Patience(4), np.random.default_rng(2).normal(0.0, 0.1, (40, 64))
     assert not any(patience.is_over(judged(HARD - 0.01 * look + drift[look])) for look in range(40))
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 10), (8, 22)])
+def test_half_of_a_long_schedule_may_pass_without_a_gain(
+    make_lesson: Callable[[], Lesson], plan: Plan, tmp_path: Path, epochs: int, steps: int
+) -> None:
+    """Five steps an epoch, a look behind every second one; the first look is what the others have to gain on."""
+    plan = replace(plan, epochs=epochs, rate=1e-12)
+    outcome = train(make_lesson(), plan, tmp_path / "run", Silent(), label="test")
+    assert (outcome.steps, outcome.better) == (steps, False)

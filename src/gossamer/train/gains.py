@@ -52,10 +52,12 @@ class Judged:
 def rows_of_a_part(rows: int, at_once: int) -> int:
     """Return how many rows are judged together: few enough for PARTS parts, and no more than fit.
 
-    >>> rows_of_a_part(256, 16), rows_of_a_part(40, 16), rows_of_a_part(256, 2)
-    (4, 1, 2)
+    Where there are too few for an interval, as many as fit: only their mean is looked at.
+
+    >>> rows_of_a_part(256, 16), rows_of_a_part(40, 16), rows_of_a_part(256, 2), rows_of_a_part(16, 8)
+    (4, 1, 2, 8)
     """
-    return max(1, min(at_once, rows // PARTS))
+    return at_once if rows < FEWEST else max(1, min(at_once, rows // PARTS))
 
 
 @dataclass

@@ -76,7 +76,8 @@ def train(lesson: Lesson, plan: Plan, folder: Path, progress: Progress, *, label
                     raise
                 again = asked is None and bool(blocks_in(lesson.student))
                 plan = _in_smaller_parts(plan, error, folder, watch, team, may_pass_again=again)
-            clear_device_cache(garbage_collection=True)  # what the error held
+            if outcome is None:
+                clear_device_cache(garbage_collection=True)  # what the error held
     if team.leads:
         shutil.rmtree(folder, ignore_errors=True)
     return outcome

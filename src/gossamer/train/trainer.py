@@ -29,6 +29,7 @@ from gossamer.train.sharded import ZerosStay, allow
 from gossamer.train.watch import Scheduled, Watch
 
 EVALUATIONS = 4  # an epoch at least
+PATIENT = 1 / 2  # of all looks: the rate falls slowly, and most is gained when it is low
 EIGHT_BITS = "adamw_torch_8bit"  # as transformers names torchao's
 MOST_PARTS = 1 << 12  # of a step, and processes: what is drawn has a number of its own in each
 
@@ -40,8 +41,7 @@ def arguments_of(
     share = rows_of_one(plan.batch_size, team, "a training")
     micro = max(size for size in range(1, share + 1) if share % size == 0 and size <= (plan.micro_batch or share))
     on_cpu = plan.device.type == "cpu"  # else transformers takes the GPU of this process's number, as ours is
-    steps = math.ceil(len(lesson.learned) / plan.batch_size)
-    every = max(1, math.ceil(steps / EVALUATIONS))
+    steps, every = _looks(plan, lesson)
     more: dict[str, Any] = {**(splitting or {}), **({"optim": EIGHT_BITS} if plan.optimizer == "adamw_8bit" else {})}
     return TrainingArguments(
         output_dir=str(folder),
@@ -78,6 +78,12 @@ def arguments_of(
     )
 
 
+def _looks(plan: Plan, lesson: Lesson) -> tuple[int, int]:
+    """Return the steps of an epoch, and behind how many rows held back are looked at."""
+    steps = math.ceil(len(lesson.learned) / plan.batch_size)
+    return steps, max(1, math.ceil(steps / EVALUATIONS))
+
+
 class LessonTrainer(Trainer):
     """Train on a lesson's loss."""
 
@@ -90,6 +96,7 @@ class LessonTrainer(Trainer):
         team: Team,
         watch: Watch | None = None,
     ) -> None:
+        steps, every = _looks(plan, lesson)
         curve = (team.size, arguments.per_device_train_batch_size, plan.device.type)
         super().__init__(
             model=student,
@@ -106,7 +113,7 @@ class LessonTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.lesson = lesson
         self.team = team
-        self.patience = Patience(plan.patience)
+        self.patience = Patience(max(plan.patience, math.ceil(PATIENT * plan.epochs * steps / every)))
         self.parts: list[float] = []  # losses of rows held back, of this process
         self.found = Judged(math.nan, ())
         self.part = (-1, 0)  # of which step, and which of its parts wrote last
