@@ -33,6 +33,7 @@ from gossamer.run.journal import read_journal
 from gossamer.tasks.base import Arrays
 from gossamer.techniques.base import Technique
 from gossamer.techniques.distill.distill import Distill
+from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import recipe_of
@@ -287,3 +288,15 @@ def test_a_step_that_trains_has_a_stage_of_its_own(job: Job, rates: Rates) -> No
     assert "round" not in seconds
     longer = {stage.name: stage.seconds for stage in forecaster.of((Distill(epochs=4),)).stages}
     assert longer["train"] == pytest.approx(2 * seconds["train"], abs=0.02)  # rounded
+    behind = (Prune(what="layers", remove=1), Distill(epochs=4))
+    shorter = {stage.name: stage.seconds for stage in forecaster.of(behind).stages}
+    assert shorter["train"] < 0.95 * longer["train"]
+
+
+def test_training_what_little_is_left_takes_less(job: Job) -> None:
+    cut = Prune(what="layers", remove=1)
+    left = cut.after(job.model).macs / job.model.macs
+    passes = Distill(epochs=2).model_passes(100, left)
+    assert left < 0.7
+    assert passes == pytest.approx(100 * 2 * (1 + 3 * left))  # the original passes all of it
+    assert Distill(epochs=2, hidden=0).model_passes(100, left) == pytest.approx(100 * (1 + 2 * 3 * left))  # once

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gossamer import api
@@ -20,12 +21,13 @@ from gossamer.measure.size import shipped_bytes
 from gossamer.models.source import Source
 from gossamer.plan.candidates import joined
 from gossamer.plan.forecast import artifact_bytes
-from gossamer.plan.job import Job
+from gossamer.plan.job import Job, tensors_of
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.proof import apply_steps, artifact_inputs, as_served, build_artifact
 from gossamer.run.workspace import Run
 from gossamer.runtimes.manifest import artifact_files
 from gossamer.techniques.base import SearchSpace, resolved
+from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.prune.vocabulary import Vocabulary
 from gossamer.techniques.quantize.quantize import Quantize
@@ -83,6 +85,22 @@ def test_later_steps_and_the_proof_read_rows_with_the_tokenizer_that_ships(job: 
     assert config["vocab_size"] == rows
     if job.runtime.name == "torch":
         AutoModelForSequenceClassification.from_pretrained(built.folder / "artifact")
+
+
+def test_a_student_of_fewer_tokens_learns_what_the_original_says_of_its_own(job: Job) -> None:
+    steps = (Vocabulary(to="20%"), Distill(epochs=0.1, hidden=0, labels=0, batch_size=8, precision="fp32"))
+    candidate, _ = apply_steps(job, steps)
+    assert any(
+        ours.inputs["input_ids"].size != theirs.inputs["input_ids"].size
+        for ours, theirs in zip(job.read_by(candidate.source).training, job.training, strict=True)
+    )
+    (made,) = (one for one in job.run.journal() if one.get("kind") == "teacher" and one["event"] == "finished")
+    original = job.source.module(job.task)
+    with safe_open(job.run.folder / made["folder"] / "rows-000000.safetensors", framework="pt") as file:
+        for number, row in enumerate(job.training):
+            with torch.no_grad():
+                logits = job.source.forward(original, tensors_of(row.inputs), "logits")
+            assert torch.allclose(file.get_tensor(f"{number}.log_p"), logits.log_softmax(-1), atol=1e-5)
 
 
 def test_a_vocabulary_is_known_by_its_tokens(job: Job, texts: Path) -> None:

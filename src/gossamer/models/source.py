@@ -297,6 +297,11 @@ class Source:
         code = "auto_map" in self._raw_config and self.trust_remote_code
         return Beside.of(self.path, checkpoint.shipped_files(self.path, [], code), self._files)
 
+    @property
+    def lacks_tokens(self) -> bool:
+        """Say whether tokens that the weights know are gone from the files beside them."""
+        return self._kept is not None
+
     def original(self, task: Purpose) -> nn.Module:
         """Return the model as it was before anything was done to it, reading the tokens that this source writes."""
         module = self.module(task)

@@ -141,7 +141,7 @@ class Forecaster:
         costs.add("open", own + stored, rates.open_seconds)
         child = CHILD_BYTES + outputs + (floats if whole else _served_bytes(job))
         self._add_original(costs, child, own + outputs)
-        codes, applied = 0, []
+        codes, applied, model = 0, list[dict[str, Any]](), job.model
         for step in steps:
             applied.append(step.entry())
             weights = sum(d.layer.num_parameters for d in self.resolved(step) if d.weight is not None)
@@ -149,7 +149,8 @@ class Forecaster:
                 self._add_sweep(step, applied, costs, own + codes)
             else:
                 learns = step.needs.training
-                passes = step.model_passes(len(job.training) if learns else len(job.calibration))
+                left = model.macs / max(1, job.model.macs)
+                passes = step.model_passes(len(job.training) if learns else len(job.calibration), left)
                 values = values_of(job.calibration) / max(1, len(job.calibration))  # of one sample
                 working = step.working_bytes(job.model, len(job.calibration), 0) + (outputs if passes else 0)
                 each = rates.pass_seconds
@@ -163,6 +164,7 @@ class Forecaster:
                 seconds = weights * ROUNDING_MACS / rates.macs_per_second + passes * values * each
                 costs.add("train" if learns else "round", own + codes + working, seconds)
             codes += weights if whole else 0
+            model = step.after(model)
         batches = min(len(job.evaluation), NUM_CHECKED_BATCHES if whole else NUM_STREAMED_BATCHES)
         values = batches * values_of(job.evaluation) / len(job.evaluation)
         passes = values * rates.pass_seconds + rates.read_seconds

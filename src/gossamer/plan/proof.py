@@ -134,6 +134,7 @@ def apply_steps(job: Job, steps: Sequence[Technique]) -> tuple[Candidate, list[D
                 calibration=reading.calibration,
                 example=reading.evaluation[0].inputs,
                 training=partial(getattr, reading, "training"),
+                as_original=partial(getattr, job, "training"),
             )
         model = step.after(model)
     wide = candidate.widened

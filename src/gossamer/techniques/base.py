@@ -76,9 +76,10 @@ class Context:
     `run` remembers finished parts of a long step, `identity` is what they depend on besides the steps themselves.
     `samples_memory` is how many bytes calibration samples may take together (None: as many as they are); `team` are the
     processes that carry out this step together, each with the same candidate. `training` gives the batches, of one row
-    each, that neither calibrate nor prove, and `training_print` is the hash of their rows. `device` is where samples
-    pass blocks, solvers compute and trainings take place; the candidate itself lies in main memory. `holds`
-    says whether the files can hold a layer with another grid than the recipe has for it.
+    each, that neither calibrate nor prove, `as_original` the same rows in the original's own tokens, where an earlier
+    step cut some, and `training_print` is the hash of their rows. `device` is where samples pass blocks, solvers
+    compute and trainings take place; the candidate itself lies in main memory. `holds` says whether the files can hold
+    a layer with another grid than the recipe has for it.
     """
 
     task: Task
@@ -91,6 +92,7 @@ class Context:
     samples_memory: int | None = None
     team: Team = ALONE
     training: Callable[[], Sequence[Batch]] = tuple
+    as_original: Callable[[], Sequence[Batch]] = tuple
     training_print: str = ""
     device: torch.device = CPU
     holds: Callable[[LayerInfo, QuantSpec], bool] = lambda layer, spec: False
@@ -149,7 +151,11 @@ class Technique(BaseModel, ABC):
     name: ClassVar[str]  # the key in a recipe
     family: ClassVar[str]  # quantize, prune, distill, adapt
     needs: ClassVar[Needs]
-    divergence_left: ClassVar[float] = 1.0  # of a repair: the share that it usually leaves of what earlier steps made
+
+    @property
+    def divergence_left(self) -> float:
+        """Return the share that a repair usually leaves of the divergence that earlier steps made; 1 of all others."""
+        return 1.0
 
     @abstractmethod
     def resolve(self, model: ModelMap) -> list[Decision]:
@@ -192,12 +198,13 @@ class Technique(BaseModel, ABC):
         """
         return VALUE_BYTES * max((layer.num_parameters for layer in model.layers), default=0)
 
-    def model_passes(self, num_samples: int) -> float:
-        """Return how many passes of one sample through the whole model `apply` takes; forward and back counts 3.
+    def model_passes(self, num_samples: int, left: float = 1.0) -> float:
+        """Return how many passes of one sample through the original `apply` takes; forward and back counts 3.
 
-        The samples are those that calibrate, of a step that needs training those that there are to learn from.
+        The samples are those that calibrate, of a step that needs training those that there are to learn from. `left`
+        is the share of the original's operations that steps before this one leave the candidate.
         """
-        del num_samples
+        del num_samples, left
         return 0.0
 
     @classmethod

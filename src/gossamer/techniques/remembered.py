@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.tasks.base import Batch
 from gossamer.techniques.base import Context
@@ -23,27 +23,35 @@ class Remembered:
     def __init__(self, lesson: Lesson, rows: Sequence[Batch], precision: Precision, context: Context) -> None:
         assert lesson.teacher is not None
         self.lesson = lesson
-        self.rows = rows
+        self.rows = self.read = rows
         self.precision = precision
         self.context = context
         self.teacher = lesson.teacher.to(context.device)
 
-    def num_classes(self) -> int:
-        """Return how many numbers one prediction has."""
+    def shape(self) -> torch.Size:
+        """Return what is predicted of the first row: [1, classes], or [1, tokens, classes]."""
         with torch.no_grad():
-            return self._predict({name: torch.from_numpy(v) for name, v in self.rows[0].inputs.items()}).shape[-1]
+            return self._predict({name: torch.from_numpy(v) for name, v in self.read[0].inputs.items()}).shape
+
+    def in_its_own_tokens(self, teacher: nn.Module, read: Sequence[Batch]) -> None:
+        """Have the teacher read the same rows in the tokens that it was trained on, where its student has fewer.
+
+        For predictions of whole rows alone: those of tokens would have other places.
+        """
+        assert len(read) == len(self.rows)
+        self.teacher, self.read = teacher.requires_grad_(False).to(self.context.device), read
 
     def follow(self, logits: Logits, label: str) -> None:
         """Have the lesson follow what is on disk; written first, once for each run folder."""
         context, lesson = self.context, self.lesson
         inputs: dict[str, Any] = {
-            **context.identity, "read": print_of(self.rows), "precision": self.precision,
+            **context.identity, "read": print_of(self.read), "precision": self.precision,
             "top_k": logits.top_k, "temperature": logits.temperature,
         }  # fmt: skip
 
         def build(folder: Path) -> None:
             write(
-                folder, self.rows, self._predict, top_k=logits.top_k, temperature=logits.temperature,
+                folder, self.read, self._predict, top_k=logits.top_k, temperature=logits.temperature,
                 progress=context.progress, label=label,
             )  # fmt: skip
 

@@ -41,7 +41,7 @@ MIN_ROWS = 64
 HELD_BACK = 10  # every so many-th row only judges
 MOST_JUDGED = 256
 MOST_FITTED = 256  # rows that projections are fitted on
-PASSES = 4  # that one row takes in a step: the teacher's, the student's forward, and twice that back
+PASSES = 3  # of the student that one row takes in a step: forward, and twice that back
 FLOAT_BYTES = 4
 FOLLOWED = ("logits", "hidden", "relations", "attention")
 FILE = "trained.safetensors"
@@ -115,15 +115,15 @@ class TrainingTechnique(Technique):
         """Return the bytes of the original, of gradients, two moments, and the start that is kept."""
         return 5 * FLOAT_BYTES * model.num_parameters
 
-    def model_passes(self, num_samples: int) -> float:
+    def model_passes(self, num_samples: int, left: float = 1.0) -> float:
         """Return the passes of all steps, `num_samples` being the rows that there are to learn from."""
         rows = min(self.rows, num_samples)
-        passes = PASSES + bool(self.checkpointing)
+        own = left * (PASSES + bool(self.checkpointing))
         if self.on_policy:  # a token that is written takes about a pass of its own, of that one token
-            return rows * self.epochs * (passes + self.on_policy)
+            return rows * self.epochs * (1 + own + left * self.on_policy)
         if self._follows_predictions_alone and self.teacher != "beside":  # where it is not known yet: it takes less
-            return rows * ((passes - 1) * self.epochs + 1)
-        return passes * self.epochs * rows
+            return rows * (own * self.epochs + 1)
+        return rows * self.epochs * (1 + own)
 
     def _check(self, candidate: Candidate, context: Context) -> None:
         """Raise TechniqueError where this candidate cannot be trained like this."""
@@ -206,7 +206,10 @@ class TrainingTechnique(Technique):
             lesson.on_policy = OnPolicy(self.on_policy, self.new_tokens, context.seed)
         elif self._follows_predictions_alone and self.teacher != "beside":
             remembered = Remembered(lesson, rows, self._precision(context), context)
-            if self.teacher == "auto" and self.top_k is None and remembered.num_classes() > FEW:
+            shape = remembered.shape()
+            if source.lacks_tokens and len(shape) == 2 and (read := spread(context.as_original(), self.rows)):
+                remembered.in_its_own_tokens(source.module(task), read)
+            if self.teacher == "auto" and self.top_k is None and shape[-1] > FEW:
                 teacher.to("cpu")  # beside, it is moved with the student
             else:
                 remembered.follow(predictions, self.name)

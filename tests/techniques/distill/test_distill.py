@@ -15,8 +15,10 @@ from gossamer.errors import DataError, TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.run.team import Team
 from gossamer.run.workspace import Run
+from gossamer.runtimes import get_runtime
+from gossamer.tasks import get_task
 from gossamer.tasks.base import Batch
-from gossamer.techniques.base import Context
+from gossamer.techniques.base import Context, SearchSpace
 from gossamer.techniques.distill.distill import Distill
 from gossamer.techniques.followed import paired
 from gossamer.techniques.prune.prune import Prune
@@ -297,3 +299,18 @@ def test_rows_that_are_read_otherwise_have_a_teacher_run_anew(tmp_path: Path) ->
             Distill.model_validate({**ALONE, "epochs": 1 + shift}).apply(candidate, model, context)
         events = [entry["event"] for entry in run.journal() if entry.get("kind") == "teacher"]
     assert events == ["started", "finished"] * 2
+
+
+def test_a_classifier_of_which_little_is_left_learns_anew() -> None:
+    _, model, _ = opened(llama(3))
+    space = SearchSpace(model, get_runtime("torch"), get_task("text-classification"), 32, training_rows=4000)
+    half, deep = Prune(what="ffn", to="50%"), (Prune(what="layers", remove=2), Prune(what="ffn", to="25%"))
+    anew = Distill.repair(deep, space)
+    assert isinstance(anew, Distill)
+    assert (anew.epochs, anew.hidden) == (6, 0)
+    assert anew.rate > Distill().rate
+    assert anew.divergence_left < Distill().divergence_left
+    assert Distill.repair((half,), space) == Distill()
+    assert Distill.repair(deep, dataclasses.replace(space, training_rows=300)) == Distill()
+    assert Distill.repair(deep, dataclasses.replace(space, task=get_task("causal-lm"))) == Distill()
+    assert Distill.repair((*deep, Distill()), space) is None

@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from gossamer.errors import TechniqueError
 from gossamer.models.candidate import Candidate
 from gossamer.models.roles import ModelMap
-from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique
+from gossamer.tasks.classification import Classification
+from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Technique, resolved
 from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
 from gossamer.train.lesson import Plan, Schedule
+
+DEEP = 0.25  # of the original's operations: where fewer are left, a classifier learns anew
+# Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels (docs/concepts/distillation.md).
+ANEW = {"epochs": 6.0, "rate": 3e-4, "batch_size": 32, "hidden": 0.0}
+ROWS_ANEW = 1024  # for so many steps there have to be rows
+LEFT, LEFT_ANEW = 0.3, 0.06  # of the divergence
 
 
 class Leaving(Schedule, Protocol):
@@ -49,8 +56,6 @@ class Distill(TrainingTechnique):
             "rotate", "smooth", "awq", "quantize", "gptq", "learned_rounding", "tune_scales", "qat", "kv_cache", "cast",
         ),
     )  # fmt: skip
-
-    divergence_left: ClassVar[float] = 0.3
 
     embeddings: bool | None = Field(
         None, description="whether embeddings are trained too; empty: where a vocabulary was cut before"
@@ -133,13 +138,25 @@ class Distill(TrainingTechnique):
         """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
         yield from ()
 
+    @property
+    def divergence_left(self) -> float:
+        """Return the share of the cuts' divergence that it usually leaves."""
+        anew = self.epochs >= ANEW["epochs"] and self.rate >= ANEW["rate"]
+        return LEFT_ANEW if anew else LEFT
+
     @classmethod
     def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
-        """Return the step with its defaults for a recipe that cuts something, where there are rows to learn from."""
+        """Return the step for a recipe that cuts something, where there are rows to learn from: with its defaults.
+
+        Of a classifier of which little is left there is not much to hold on to: it learns anew, faster and longer, and
+        from predictions alone, for which the original runs once.
+        """
         cuts = any(step.family == "prune" for step in steps)
         if not cuts or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
             return None
-        return cls.model_validate({})
+        left = resolved(space.model, steps)[1].macs / space.model.macs
+        deep = left < DEEP and isinstance(space.task, Classification) and space.training_rows >= ROWS_ANEW
+        return cls.model_validate(ANEW if deep else {})
 
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:

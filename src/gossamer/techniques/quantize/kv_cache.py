@@ -71,9 +71,9 @@ class KvCache(Technique):
         """Return the bytes of the samples in front of a block and behind it."""
         return super().working_bytes(model, num_samples, sample_bytes) + 2 * self._count(num_samples) * sample_bytes
 
-    def model_passes(self, num_samples: int) -> float:
-        """Return one pass a sample."""
-        return self._count(num_samples)
+    def model_passes(self, num_samples: int, left: float = 1.0) -> float:
+        """Return one pass of the candidate a sample."""
+        return left * self._count(num_samples)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with scales for the keys and values of every attention."""

@@ -54,12 +54,15 @@ class TuneScales(Technique):
         before=("cast",),
     )
 
-    divergence_left: ClassVar[float] = 0.65
-
     samples: int = Field(128, ge=MIN_SAMPLES, description="calibration samples that are used; one in 8 only judges")
     epochs: int = Field(2, ge=1, description="how often each sample is seen")
     batch_size: int = Field(4, ge=1, description="samples of one step")
     rate: float = Field(1e-3, gt=0, lt=0.1, description="how far one step moves a scale, as a share of it")
+
+    @property
+    def divergence_left(self) -> float:
+        """Return the share of the divergence that it usually leaves."""
+        return 0.65
 
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return nothing: what is rounded, and how, other steps decided."""
@@ -69,11 +72,11 @@ class TuneScales(Technique):
         """Return the bytes of the original, and of the gradients, beside the candidate."""
         return 2 * 4 * model.num_parameters
 
-    def model_passes(self, num_samples: int) -> float:
+    def model_passes(self, num_samples: int, left: float = 1.0) -> float:
         """Return the passes of the steps, and of judging before and after."""
         count = min(self.samples, num_samples)
         judged = count // HELD_BACK
-        return self.epochs * (count - judged) * (1 + BACKWARD) + 2 * judged * 2
+        return self.epochs * (count - judged) * (1 + left * BACKWARD) + 2 * judged * (1 + left)
 
     def apply(self, candidate: Candidate, model: ModelMap, context: Context) -> Candidate:
         """Return the candidate with other scales, or as it was where the samples held back are not nearer with them."""
