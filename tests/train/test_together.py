@@ -59,9 +59,11 @@ def trained(folder: Path, recipe: list[Any], processes: int) -> list[dict[str, A
             id="qat and lora",
             marks=pytest.mark.slow,
         ),
+        pytest.param([ZEROED, ["distill", {**SPLIT, "rate": 5e-4}]], id="split"),
         pytest.param(
             [ZEROED, ["distill", {**SPLIT, "rate": 5e-4}], ROUNDED, ["qat", SPLIT], ["lora", {**SPLIT, "rank": 4}]],
-            id="split",
+            id="split, rounded, adapted",
+            marks=pytest.mark.slow,
         ),
     ],
 )
