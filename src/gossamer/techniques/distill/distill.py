@@ -154,7 +154,7 @@ class Distill(TrainingTechnique):
         cuts = any(step.family == "prune" for step in steps)
         if not cuts or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
             return None
-        left = resolved(space.model, steps)[1].macs / space.model.macs
+        left = resolved(space.model, steps)[1].macs / max(1, space.model.macs)
         deep = left < DEEP and isinstance(space.task, Classification) and space.training_rows >= ROWS_ANEW
         return cls.model_validate(ANEW if deep else {})
 
