@@ -151,11 +151,7 @@ class Technique(BaseModel, ABC):
     name: ClassVar[str]  # the key in a recipe
     family: ClassVar[str]  # quantize, prune, distill, adapt
     needs: ClassVar[Needs]
-
-    @property
-    def divergence_left(self) -> float:
-        """Return the share that a repair usually leaves of the divergence that earlier steps made; 1 of all others."""
-        return 1.0
+    divergence_left: ClassVar[float] = 1.0  # of a repair: the share that it usually leaves of what earlier steps made
 
     @abstractmethod
     def resolve(self, model: ModelMap) -> list[Decision]:

@@ -207,11 +207,11 @@ class TrainingTechnique(Technique):
         elif self._follows_predictions_alone and self.teacher != "beside":
             remembered = Remembered(lesson, rows, self._precision(context), context)
             shape = remembered.shape()
-            if source.lacks_tokens and len(shape) == 2 and (read := spread(context.as_original(), self.rows)):
-                remembered.in_its_own_tokens(source.module(task), read)
             if self.teacher == "auto" and self.top_k is None and shape[-1] > FEW:
                 teacher.to("cpu")  # beside, it is moved with the student
             else:
+                if source.lacks_tokens and len(shape) == 2 and (read := spread(context.as_original(), self.rows)):
+                    remembered.in_its_own_tokens(source.module(task), read)
                 remembered.follow(predictions, self.name)
         return lesson
 

@@ -29,7 +29,7 @@ from gossamer.train.sharded import ZerosStay, allow
 from gossamer.train.watch import Scheduled, Watch
 
 EVALUATIONS = 4  # an epoch at least
-PATIENT = 1 / 2  # of all looks: the rate falls slowly, and most is gained when it is low
+PATIENT = 1 / 2  # of all looks: a schedule is not judged by its first steps, where the rate is high
 EIGHT_BITS = "adamw_torch_8bit"  # as transformers names torchao's
 MOST_PARTS = 1 << 12  # of a step, and processes: what is drawn has a number of its own in each
 

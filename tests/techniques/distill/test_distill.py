@@ -309,7 +309,6 @@ def test_a_classifier_of_which_little_is_left_learns_anew() -> None:
     assert isinstance(anew, Distill)
     assert (anew.epochs, anew.hidden) == (6, 0)
     assert anew.rate > Distill().rate
-    assert anew.divergence_left < Distill().divergence_left
     assert Distill.repair((half,), space) == Distill()
     assert Distill.repair(deep, dataclasses.replace(space, training_rows=300)) == Distill()
     assert Distill.repair(deep, dataclasses.replace(space, task=get_task("causal-lm"))) == Distill()

@@ -29,7 +29,6 @@ DEEP = 0.25  # of the original's operations: where fewer are left, a classifier 
 # Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels (docs/concepts/distillation.md).
 ANEW = {"epochs": 6.0, "rate": 3e-4, "batch_size": 32, "hidden": 0.0}
 ROWS_ANEW = 1024  # for so many steps there have to be rows
-LEFT, LEFT_ANEW = 0.3, 0.06  # of the divergence
 
 
 class Leaving(Schedule, Protocol):
@@ -56,6 +55,8 @@ class Distill(TrainingTechnique):
             "rotate", "smooth", "awq", "quantize", "gptq", "learned_rounding", "tune_scales", "qat", "kv_cache", "cast",
         ),
     )  # fmt: skip
+
+    divergence_left: ClassVar[float] = 0.3
 
     embeddings: bool | None = Field(
         None, description="whether embeddings are trained too; empty: where a vocabulary was cut before"
@@ -137,12 +138,6 @@ class Distill(TrainingTechnique):
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
         """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
         yield from ()
-
-    @property
-    def divergence_left(self) -> float:
-        """Return the share of the cuts' divergence that it usually leaves."""
-        anew = self.epochs >= ANEW["epochs"] and self.rate >= ANEW["rate"]
-        return LEFT_ANEW if anew else LEFT
 
     @classmethod
     def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:

@@ -50,6 +50,8 @@ class Gates(Until, Distill):
         excludes=("compensate",),
     )  # fmt: skip
 
+    divergence_left: ClassVar[float] = 1.0
+
     heads: str | float | Places | None = Field(
         None, description="heads that stay in each block: a share (50%), a number, or {place: either} for each place"
     )
@@ -57,11 +59,6 @@ class Gates(Until, Distill):
     channels: str | float | Places | None = Field(None, description="channels of convolutions that stay, alike")
     multiple: int = Field(1, ge=1, description="what stays is rounded up to a multiple of this")
     rest: float = Field(0.4, gt=0, lt=1, description="share of the steps, the last ones, that train what is left")
-
-    @property
-    def divergence_left(self) -> float:
-        """Return 1: it is no repair."""
-        return 1.0
 
     @field_validator("heads", "ffn", "channels", mode="before")
     @classmethod

@@ -49,6 +49,8 @@ class Gradual(Distill):
         excludes=("rotate", "compensate"),
     )  # fmt: skip
 
+    divergence_left: ClassVar[float] = 1.0
+
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights that become zero, as 0.6 or 60%")
     pattern: PatternText = Field(
         "", description="n:m, as in 2:4: n of every m neighbouring inputs stay; replaces `sparsity`"
@@ -63,11 +65,6 @@ class Gradual(Distill):
         ("linear",), description="roles, module names, patterns with * or re:... ; what is made sparse"
     )
     ignore: tuple[str, ...] = Field((), description="the same kinds of patterns; what stays as it is")
-
-    @property
-    def divergence_left(self) -> float:
-        """Return 1: it is no repair."""
-        return 1.0
 
     @field_validator("sparsity", mode="before")
     @classmethod

@@ -50,15 +50,12 @@ class Qat(TrainingTechnique):
         excludes=("compensate",),
     )  # fmt: skip
 
+    divergence_left: ClassVar[float] = 0.8
+
     rate: float = Field(1e-3, gt=0, lt=0.1, description="how far one step moves a scale at most, as a share of it")
     code_rate: float = Field(
         0.02, gt=0, lt=1, description="how far one step moves a weight at most, in steps of its grid"
     )
-
-    @property
-    def divergence_left(self) -> float:
-        """Return the share of the divergence that it usually leaves."""
-        return 0.8
 
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return nothing: what is rounded, and how, other steps decided."""

@@ -54,15 +54,12 @@ class TuneScales(Technique):
         before=("cast",),
     )
 
+    divergence_left: ClassVar[float] = 0.65
+
     samples: int = Field(128, ge=MIN_SAMPLES, description="calibration samples that are used; one in 8 only judges")
     epochs: int = Field(2, ge=1, description="how often each sample is seen")
     batch_size: int = Field(4, ge=1, description="samples of one step")
     rate: float = Field(1e-3, gt=0, lt=0.1, description="how far one step moves a scale, as a share of it")
-
-    @property
-    def divergence_left(self) -> float:
-        """Return the share of the divergence that it usually leaves."""
-        return 0.65
 
     def resolve(self, model: ModelMap) -> list[Decision]:
         """Return nothing: what is rounded, and how, other steps decided."""
