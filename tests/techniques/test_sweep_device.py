@@ -281,23 +281,31 @@ def mixtral() -> nn.Module:
 
 STEPS: list[tuple[Callable[[], nn.Module], str]] = [
     (llama, "- gptq: {bits: 3, group_size: 16}"),
-    (lambda: llama(1, tied=False), "- gptq: {bits: 3, group_size: 16, passes: 0, order: none}"),
-    (bert, "- gptq: {bits: 3, group_size: 16, passes: 0}"),
     (gpt2, "- gptq: {bits: 3, group_size: 16, passes: 0}"),
     (mixtral, "- gptq: {bits: 3, group_size: 16, passes: 0}"),
-    (llama, "- gptq: {bits: 4, group_size: 16, sparsity: 0.4, passes: 0}"),
-    (llama, "- gptq: {format: mxfp4, bits: 4, group_size: 32, symmetric: true, passes: 0}"),
     (llama, "- awq: {bits: 3, group_size: 16, exponents: 4}"),
-    (gpt2, "- awq: {bits: 3, group_size: 16, exponents: 1, round: gptq}"),  # of finer ones two may be as good
     (llama, "- smooth: {}"),
-    (llama, '- sparsify: {pattern: "2:4", passes: 0}'),
     (bert, "- sparsify: {sparsity: 0.5, by: wanda}"),
     (llama, "- learned_rounding: {bits: 3, group_size: 16, steps: 4, batch_size: 2, start: nearest}"),
+    (bert, "- prune: {what: ffn, to: 50%}"),
+    (llama, "- quantize: {bits: 3, group_size: 16}\n- compensate: {rank: 4}"),
+]
+# The same sweeps and solvers in other company: each operation goes through Python, and a sweep has thousands.
+ALIKE: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: llama(1, tied=False), "- gptq: {bits: 3, group_size: 16, passes: 0, order: none}"),
+    (bert, "- gptq: {bits: 3, group_size: 16, passes: 0}"),
+    (llama, "- gptq: {bits: 4, group_size: 16, sparsity: 0.4, passes: 0}"),
+    (llama, "- gptq: {format: mxfp4, bits: 4, group_size: 32, symmetric: true, passes: 0}"),
+    (gpt2, "- awq: {bits: 3, group_size: 16, exponents: 1, round: gptq}"),  # of finer ones two may be as good
+    (llama, '- sparsify: {pattern: "2:4", passes: 0}'),
     (llama, "- gguf: {format: q4_1}"),
     (bert, "- low_rank: {rank: 50%}"),
-    (bert, "- prune: {what: ffn, to: 50%}"),
     (bert, "- quantize: {activations: dynamic}\n- compensate: {rank: 4}"),
-    (llama, "- quantize: {bits: 3, group_size: 16}\n- compensate: {rank: 4}"),
+]
+SWEEPS = [
+    pytest.param(family, text, id=f"{family.__name__} {text}", marks=marks)
+    for steps, marks in ((STEPS, ()), (ALIKE, (pytest.mark.slow,)))
+    for family, text in steps
 ]
 
 
@@ -323,7 +331,7 @@ def outputs(candidate: Candidate) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(("family", "text"), STEPS, ids=[f"{family.__name__} {text}" for family, text in STEPS])
+@pytest.mark.parametrize(("family", "text"), SWEEPS)
 def test_a_sweep_ends_as_on_the_cpu(placed: Placed, family: Callable[[], nn.Module], text: str) -> None:
     wanted = swept(family(), text)
     with placed() as gpu:

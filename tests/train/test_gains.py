@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gossamer.run.progress import Silent
+from gossamer.train import loop
 from gossamer.train.gains import Judged, Patience
 from gossamer.train.lesson import Lesson, Plan
 from gossamer.train.loop import train
+from gossamer.train.rows import collate
 
 
 def judged(values: object) -> Judged:
-    parts = tuple(np.asarray(values, dtype=float).tolist())
-    return Judged(float(np.mean(parts)), parts)
+    rows = tuple(np.asarray(values, dtype=float).tolist())
+    return Judged(float(np.mean(rows)), rows)
 
 
 HARD = np.random.default_rng(0).exponential(1.0, 64)  # rows differ far more than a training changes them
@@ -38,7 +41,7 @@ def test_a_lower_mean_that_may_be_luck_is_no_gain(sign: int) -> None:
     assert not changed.gained_on(judged(HARD))
 
 
-def test_other_parts_are_compared_by_their_means_and_no_number_gains_nothing() -> None:
+def test_other_rows_are_compared_by_their_means_and_no_number_gains_nothing() -> None:
     assert judged([0.5, 0.7]).gained_on(judged([0.7, 0.8, 0.9]))
     assert not judged([0.5]).gained_on(judged([0.4]))
     assert not Judged(math.nan, (math.nan, 1.0)).gained_on(judged([2.0, 2.0]))
@@ -72,3 +75,13 @@ def test_half_of_a_long_schedule_may_pass_without_a_gain(
     plan = replace(plan, epochs=epochs, rate=1e-12)
     outcome = train(make_lesson(), plan, tmp_path / "run", Silent(), label="test")
     assert (outcome.steps, outcome.better) == (steps, False)
+
+
+def test_rows_are_judged_together_and_told_one_by_one(make_lesson: Callable[[], Lesson], plan: Plan) -> None:
+    lesson = make_lesson()
+    with lesson.ready(), torch.no_grad():
+        alone = [float(lesson.loss(collate([row]))) for row in lesson.judged]
+    for at_once in (1, 4):
+        found = loop.judged(lesson, replace(plan, micro_batch=at_once))
+        assert found.rows == pytest.approx(alone, rel=1e-4)
+        assert found.loss == pytest.approx(np.mean(alone), rel=1e-4)

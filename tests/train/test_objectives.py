@@ -64,6 +64,18 @@ def test_labels_are_the_tasks_loss_row_by_row() -> None:
     assert torch.allclose(Labels(loss)(seen(logits)), wanted)
 
 
+def test_a_row_of_a_pass_is_what_it_would_be_alone() -> None:
+    student, hidden, image = torch.randn(2, 5, 11), torch.randn(2, 5, 4), torch.randn(2, 5, 4, 4)
+    both = seen(student, 2 * student, (hidden, image))
+    for index, length in enumerate((3, 5)):
+        one = both.row(index)
+        assert torch.equal(one.student, student[index : index + 1, :length])
+        assert torch.equal(one.student_hidden[0], hidden[index : index + 1, :length])
+        assert torch.equal(one.teacher_hidden[0], image[index : index + 1])  # of no tokens
+        p, q = (values[index, :length].log_softmax(-1) for values in (2 * student, student))
+        assert torch.allclose(Logits()(one), divergence(p, q, "forward"))
+
+
 @pytest.mark.parametrize("kind", get_args(Divergence))
 def test_top_k_is_the_divergence_of_k_classes_and_the_rest(kind: Divergence) -> None:
     student, teacher = torch.randn(2, 11), torch.randn(2, 11)

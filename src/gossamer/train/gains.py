@@ -1,9 +1,9 @@
 """Whether a training gained anything on the rows held back: losses of the same rows in pairs, and an interval.
 
-Rows are judged in parts of a few; the loss of a part before less its loss after is what it gained. A gain counts where
-the lower bound of its mean lies above zero, by the bootstrap that the verdict rests on (`measure/statistics.py`): where
-nothing was learned, a mean alone is lower in half of all cases. Of few parts an interval says next to nothing, and the
-mean is all there is. A training ends when so many looks in a row found no gain over the last one that did.
+The loss of a row before less its loss after is what it gained. A gain counts where the lower bound of its mean lies
+above zero, by the bootstrap that the verdict rests on (`measure/statistics.py`): where nothing was learned, a mean
+alone is lower in half of all cases. Of few rows an interval says next to nothing, and the mean is all there is. A
+training ends when so many looks in a row found no gain over the last one that did.
 """
 
 from __future__ import annotations
@@ -20,44 +20,32 @@ from gossamer.run.atomic import write_text
 from gossamer.tasks.base import Scores
 
 FILE = "patience.json"
-PARTS = 64  # of the rows held back, where there are so many: what an interval can be told from
-FEWEST = 32  # parts that an interval is told from
+FEWEST = 32  # rows that an interval is told from
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Hold the mean loss of rows held back, and the losses of parts of them, in their order."""
+    """Hold the mean loss of rows held back, and the loss of each, in their order."""
 
     loss: float
-    parts: tuple[float, ...]
+    rows: tuple[float, ...]
 
     def gained_on(self, before: Judged) -> bool:
-        """Say whether these losses are lower than others for certain; of other parts, and of few, on average.
+        """Say whether these losses are lower than others for certain; of other rows, and of few, on average.
 
         >>> Judged(0.9, (0.8, 1.0)).gained_on(Judged(1.0, (0.9, 1.1)))
         True
         """
         if not math.isfinite(self.loss):
             return False
-        if len(self.parts) != len(before.parts) or len(self.parts) < FEWEST:
+        if len(self.rows) != len(before.rows) or len(self.rows) < FEWEST:
             return self.loss < before.loss
-        gains = np.subtract(before.parts, self.parts, dtype=np.float64)
+        gains = np.subtract(before.rows, self.rows, dtype=np.float64)
         if not np.isfinite(gains).all():
             return self.loss < before.loss
         scores = Scores(sums=gains, weights=np.ones_like(gains))
         return score_interval(scores, resamples=RESAMPLES).low > 0
-
-
-def rows_of_a_part(rows: int, at_once: int) -> int:
-    """Return how many rows are judged together: few enough for PARTS parts, and no more than fit.
-
-    Where there are too few for an interval, as many as fit: only their mean is looked at.
-
-    >>> rows_of_a_part(256, 16), rows_of_a_part(40, 16), rows_of_a_part(256, 2), rows_of_a_part(16, 8)
-    (4, 1, 2, 8)
-    """
-    return at_once if rows < FEWEST else max(1, min(at_once, rows // PARTS))
 
 
 @dataclass
@@ -78,7 +66,7 @@ class Patience:
 
     def write(self, folder: Path) -> None:
         """Keep it beside a checkpoint."""
-        best = {"loss": self.best.loss, "parts": self.best.parts} if self.best is not None else None
+        best = {"loss": self.best.loss, "rows": self.best.rows} if self.best is not None else None
         write_text(folder / FILE, json.dumps({"best": best, "without": self.without}) + "\n")
 
     def read(self, folder: Path) -> None:
@@ -87,5 +75,5 @@ class Patience:
             return
         known = json.loads((folder / FILE).read_text(encoding="utf-8"))
         best = known["best"]
-        self.best = Judged(best["loss"], tuple(best["parts"])) if best is not None else None
+        self.best = Judged(best["loss"], tuple(best["rows"])) if best is not None else None
         self.without = int(known["without"])

@@ -100,14 +100,21 @@ class Lesson:
         Not `labelled`: the rows' own labels say nothing (the student wrote the rows), and are left out.
         """
         parts = parts_of(batch)
-        objectives = [one for one in self.objectives if labelled or not isinstance(one[1], Labels)]
-        rows = sum(len(part[1]) for part in parts)
-        losses = []
-        for inputs, some in parts:
-            seen = self._seen(inputs, some)
-            total = torch.stack([weight * objective(seen) for weight, objective in objectives]).sum()
-            losses.append(total * (len(some) / rows))
+        rows = sum(len(some) for _, some in parts)
+        losses = [self._weighted(self._seen(*part), labelled) * (len(part[1]) / rows) for part in parts]
         return torch.stack(losses).sum()
+
+    def losses(self, batch: dict[str, Any]) -> Tensor:
+        """Return the same of each row alone, [B], from one pass over all of a mini-batch."""
+        found = []
+        for inputs, some in parts_of(batch):
+            seen = self._seen(inputs, some)
+            found += [self._weighted(seen.row(index)) for index in range(len(some))]
+        return torch.stack(found)
+
+    def _weighted(self, seen: Seen, labelled: bool = True) -> Tensor:
+        objectives = [one for one in self.objectives if labelled or not isinstance(one[1], Labels)]
+        return torch.stack([weight * objective(seen) for weight, objective in objectives]).sum()
 
     def block_outputs(self, rows: Sequence[Batch]) -> Generator[tuple[Sequence[Tensor], Sequence[Tensor]], None, None]:
         """Yield what the student's blocks and the teacher's give out for each of some rows, no gradients being kept."""

@@ -55,6 +55,25 @@ class Seen:
         """Return how long the rows are."""
         return Lengths.of(self.rows)
 
+    def row(self, index: int) -> Seen:
+        """Return what a pass of one row alone would have given: no padding."""
+        by_width = self.lengths.by_width
+
+        def own(values: Tensor) -> Tensor:
+            row = values[index : index + 1]
+            padded = values.ndim == 3 and values.shape[1] in by_width
+            return row[:, : by_width[values.shape[1]][index]] if padded else row
+
+        return Seen(
+            own(self.student),
+            None if self.teacher is None else own(self.teacher),
+            [own(values) for values in self.student_hidden],
+            [own(values) for values in self.teacher_hidden],
+            self.rows[index : index + 1],
+            {name: own(values) for name, values in self.student_layers.items()},
+            {name: own(values) for name, values in self.teacher_layers.items()},
+        )
+
 
 class Objective(Protocol):
     """Return a loss, a scalar with a graph to the student."""

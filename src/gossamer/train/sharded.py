@@ -27,6 +27,7 @@ from transformers.trainer import FSDP_MODEL_NAME
 from gossamer.errors import TechniqueError
 from gossamer.models.blocks import find_stacks
 from gossamer.train.lesson import Lesson
+from gossamer.train.weights import nonzeros
 
 VARIABLES = ("ACCELERATE_", "FSDP_")  # of the environment, that Accelerate sets for good where it splits once
 
@@ -126,7 +127,7 @@ def allow(accelerator: Any, plugin_arguments: Mapping[str, Any]) -> None:
 
 
 class ZerosStay(TrainerCallback):
-    """Keep weights at zero that are zero when training begins: parts of gradients are put together past any hook."""
+    """Keep zeros of sparse weights as training begins: parts of gradients are put together past any hook."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -139,7 +140,8 @@ class ZerosStay(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note which are."""
-        self.stays = [(name, part != 0) for name, part in self._parts() if bool((part == 0).any())]
+        found = ((name, nonzeros(part)) for name, part in self._parts())
+        self.stays = [(name, stays) for name, stays in found if stays is not None]
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set them back."""

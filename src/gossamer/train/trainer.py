@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gossamer.run.team import Team
 from gossamer.tasks.base import Batch
 from gossamer.train.curve import Curve
-from gossamer.train.gains import Judged, Patience, rows_of_a_part
+from gossamer.train.gains import Judged, Patience
 from gossamer.train.lesson import Lesson, Plan, rows_of_one
 from gossamer.train.on_policy import OnPolicy
 from gossamer.train.rows import Rows, collate
@@ -47,7 +47,7 @@ def arguments_of(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
         per_device_train_batch_size=micro,
-        per_device_eval_batch_size=rows_of_a_part(len(lesson.judged), micro),
+        per_device_eval_batch_size=micro,
         gradient_accumulation_steps=share // micro,
         learning_rate=plan.rate,
         lr_scheduler_type="cosine",
@@ -114,7 +114,7 @@ class LessonTrainer(Trainer):
         self.lesson = lesson
         self.team = team
         self.patience = Patience(max(plan.patience, math.ceil(PATIENT * plan.epochs * steps / every)))
-        self.parts: list[float] = []  # losses of rows held back, of this process
+        self.looked: list[list[float]] = []  # losses of rows held back, of each mini-batch of this process
         self.found = Judged(math.nan, ())
         self.part = (-1, 0)  # of which step, and which of its parts wrote last
         self.model_accepts_loss_kwargs = False
@@ -141,10 +141,11 @@ class LessonTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Judge on the rows held back; end a training that gains nothing there."""
-        self.parts = []
+        self.looked = []
         metrics = super().evaluate(*args, **kwargs)
-        each = self.team.gathered(self.parts)
-        self.found = Judged(float(metrics["eval_loss"]), tuple(chain.from_iterable(zip(*each, strict=True))))
+        in_turns = zip(*self.team.gathered(self.looked), strict=True)  # as mini-batches were dealt out to processes
+        rows = chain.from_iterable(chain.from_iterable(in_turns))
+        self.found = Judged(float(metrics["eval_loss"]), tuple(rows))
         if self.is_in_train and self.patience.is_over(self.found):
             self.control.should_training_stop = True
         return metrics
@@ -176,9 +177,9 @@ class LessonTrainer(Trainer):
         del prediction_loss_only, ignore_keys
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach().mean()
-        self.parts.append(float(loss))
-        return loss, None, None
+            losses = model(inputs, self.lesson.losses).float()
+        self.looked.append(losses.tolist())
+        return losses.mean(), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return nothing: our own tables say what a pass takes."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gossamer.train.lesson import Plan
 
 PROJECTIONS = "gossamer_projections"  # before their names, which must not be a network's
+# Of a weight: where fewer are zero they happen to be (weights that were bfloat16 once have some), and may move.
+SPARSE = 0.02
 
 
 class Weights(nn.Module):
@@ -64,9 +66,19 @@ class Parts(Weights):
     load_state_dict = nn.Module.load_state_dict
 
 
+def nonzeros(values: Tensor) -> Tensor | None:
+    """Return which values of a sparse weight are not zero; None where it is not sparse.
+
+    >>> nonzeros(torch.tensor([[0.0, 1.0]])), nonzeros(torch.ones(2, 2))
+    (tensor([[False,  True]]), None)
+    """
+    stays = values != 0
+    return stays if int(stays.count_nonzero()) <= (1 - SPARSE) * stays.numel() else None
+
+
 @contextmanager
 def trainable(network: nn.Module, plan: Plan) -> Iterator[None]:
-    """Let what the plan says be trained while the `with` lasts, and nothing else; weights that are zero stay so."""
+    """Let what the plan says be trained while the `with` lasts, and nothing else; zeros of sparse weights stay so."""
     flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     still = {
         id(part) for module in network.modules() if isinstance(module, plan.frozen) for part in module.parameters()
@@ -78,9 +90,7 @@ def trainable(network: nn.Module, plan: Plan) -> Iterator[None]:
         parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in still)
         if plan.only is not None or not parameter.requires_grad or parameter.ndim < 2:
             continue
-        zeros = parameter.detach() == 0
-        if bool(zeros.any()):
-            stays = ~zeros
+        if (stays := nonzeros(parameter.detach())) is not None:
             keep = partial(torch.mul, stays)
             handles.append(parameter.register_hook(keep))  # type: ignore[no-untyped-call]
     try:
