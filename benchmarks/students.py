@@ -44,18 +44,20 @@ def students(stays: str, epochs: float, seeds: int) -> list[Gossamer]:
 
 def compared(found: Sequence[Cut], original: Scores, metric: Metric) -> str:
     """Return what the teacher is worth, and what is left of the original's right answers, mean over seeds."""
-    taught, alone = (mean_of([one for one in found if f", {way}, " in one.entry.peer.label]) for way in (TAUGHT, ALONE))
+    kinds = [[one.evaluation for one in found if f", {way}, " in one.entry.peer.label] for way in (TAUGHT, ALONE)]
+    taught, alone = (mean_of([one.scores for one in kind]) for kind in kinds)
+    same = [mean_of([one.agreement for one in kind if one.agreement is not None]) for kind in kinds]
     return (
         f"Right answers, row by row, mean over seeds: {TAUGHT} "
         f"{share(paired_quality(taught, alone, metric), 2)} of those of {ALONE}; "
-        f"{share(paired_quality(taught, original, metric), 2)} of the original's."
+        f"{share(paired_quality(taught, original, metric), 2)} of the original's. "
+        f"The original's answers: {TAUGHT} {share(paired_quality(same[0], same[1], metric), 2)} of those of {ALONE}."
     )
 
 
-def mean_of(found: Sequence[Cut]) -> Scores:
+def mean_of(found: Sequence[Scores]) -> Scores:
     """Return the scores of each row, mean over students."""
-    first = found[0].evaluation.scores
-    return Scores(np.mean([one.evaluation.scores.sums for one in found], axis=0), first.weights)
+    return Scores(np.mean([one.sums for one in found], axis=0), found[0].weights)
 
 
 def add_own(parser: argparse.ArgumentParser) -> None:

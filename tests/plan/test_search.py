@@ -255,6 +255,17 @@ def test_few_bits_are_trained_where_there_are_rows_to_learn_from(tables: Tables,
     assert repaired((INT4, TUNED), replace(space, training_rows=100)) == []
 
 
+def test_of_several_repairs_the_first_that_there_is_time_for_is_proposed(
+    tables: Tables, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, short = Qat(epochs=3), Qat(epochs=1)
+    monkeypatch.setattr(Qat, "repairs", lambda *_: (long, short))
+    space = SearchSpace(tables.model, job.runtime, job.task, calibration_rows=0)
+    assert repaired((INT4,), space) == [(INT4, long)]
+    assert repaired((INT4,), space, lambda steps: steps != (INT4, long)) == [(INT4, short)]
+    assert repaired((INT4,), space, lambda _: False) == [(INT4, short)], "which is left out then, with the reason"
+
+
 def test_only_a_shortfall_in_quality_alone_is_repaired(tables: Tables) -> None:
     goal = parse_goal("quality >= 99%, size <= 30%")
     low, good = Figure(value=0.5, low=0.4, high=0.6, n=100, higher_is_better=True), Figure.exact(1, "")

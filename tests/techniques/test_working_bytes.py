@@ -52,7 +52,7 @@ for hidden, wide in ((64, 128), (384, 1024)):
         step.apply(candidate, model, context)
         print(step.working_bytes(model, len(batches), sample), peak_bytes() - before)
 """
-SOON = ("gptq", "learned", "awq")  # the others take as long, and are measured in `make test-all`
+SOON = ("gptq", "awq")  # the others take as long, and are measured in `make test-all`
 STEPS = {
     "gptq": "Gptq(group_size=64)",
     "learned": "LearnedRounding(group_size=64, steps=2, start='nearest')",

@@ -50,14 +50,17 @@ def _fit(steps: Steps, space: SearchSpace) -> bool:
     return not any(space.runtime.refusal(one.layer.role, one.layer.shape, one.weight, one.activation) for one in found)
 
 
-def repaired(steps: Steps, space: SearchSpace) -> list[Steps]:
-    """Return the recipe with each repair that a technique has for it, one at a time, where the order allows it."""
+def repaired(steps: Steps, space: SearchSpace, possible: Callable[[Steps], bool] = lambda _: True) -> list[Steps]:
+    """Return the recipe with each technique's repair of it, one at a time, where the order allows it.
+
+    Of several that a technique has, the first that is `possible`, the last where none is.
+    """
     found = []
     for technique in techniques().values():
-        step = technique.repair(steps, space)
-        arranged = _ordered([*((one,) for one in steps), (step,)]) if step is not None else None
-        if arranged is not None:
-            found.append(arranged)
+        ordered = (_ordered([*((one,) for one in steps), (step,)]) for step in technique.repairs(steps, space))
+        variants = [one for one in ordered if one is not None]
+        if variants:
+            found.append(next((one for one in variants[:-1] if possible(one)), variants[-1]))
     return found
 
 

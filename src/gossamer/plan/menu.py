@@ -1,7 +1,7 @@
 """The recipes that may be tried, and which of them are looked at: in waves, gentlest first, and with repairs.
 
 A recipe that falls short in quality alone is looked at again with each repair that a technique has for it
-(`Technique.repair`): after it was tried, or beforehand where it is not likely to pass and is with the repair.
+(`Technique.repairs`): after it was tried, or beforehand where it is not likely to pass and is with the repair.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Menu:
                 calibration_rows=rows,
                 training_rows=len(self.job.rows.others),
             )
-            self.repaired[steps] = repaired(steps, space)
+            self.repaired[steps] = repaired(steps, space, lambda found: not self.refusal(found))
         return self.repaired[steps]
 
     def wants_more(self, ranked: Sequence[Ranked], hurried: bool = False) -> bool:

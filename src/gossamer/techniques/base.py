@@ -174,14 +174,14 @@ class Technique(BaseModel, ABC):
         """
 
     @classmethod
-    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
-        """Return a step that brings back quality which `steps` lost, at the same bytes; None where it has none.
+    def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
+        """Return the steps of which one brings back quality that `steps` lost, at the same bytes: the strongest first.
 
-        Asked for recipes that fall short in quality alone. Whoever returns a step says in `divergence_left` what it is
-        worth, and `candidates` does not yield it.
+        Asked for recipes that fall short in quality alone; the first that there is time for is proposed. Whoever
+        returns a step says in `divergence_left` what it is worth, and `candidates` does not yield it.
         """
         del steps, space
-        return None
+        return ()
 
     def rows_needed(self) -> int:
         """Return how many calibration rows this step cannot do without, with the settings that it has."""

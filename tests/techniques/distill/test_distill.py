@@ -305,11 +305,15 @@ def test_a_classifier_of_which_little_is_left_learns_anew() -> None:
     _, model, _ = opened(llama(3))
     space = SearchSpace(model, get_runtime("torch"), get_task("text-classification"), 32, training_rows=4000)
     half, deep = Prune(what="ffn", to="50%"), (Prune(what="layers", remove=2), Prune(what="ffn", to="25%"))
-    anew = Distill.repair(deep, space)
+    anew, usual = Distill.repairs(deep, space)
     assert isinstance(anew, Distill)
-    assert (anew.epochs, anew.hidden) == (6, 0)
-    assert anew.rate > Distill().rate
-    assert Distill.repair((half,), space) == Distill()
-    assert Distill.repair(deep, dataclasses.replace(space, training_rows=300)) == Distill()
-    assert Distill.repair(deep, dataclasses.replace(space, task=get_task("causal-lm"))) == Distill()
-    assert Distill.repair((*deep, Distill()), space) is None
+    assert (anew.epochs, anew.hidden, anew.batch_size, anew.rows) == (6, 0, 32, Distill().rows)
+    assert anew.rate == 1e-3  # of 32 channels
+    assert usual == Distill()
+    many = Distill.repairs(deep, dataclasses.replace(space, training_rows=100_000))[0]
+    assert isinstance(many, Distill)
+    assert (many.rows, many.batch_size) == (65_536, 64)
+    assert Distill.repairs((half,), space) == (usual,)
+    assert Distill.repairs(deep, dataclasses.replace(space, training_rows=300)) == (usual,)
+    assert Distill.repairs(deep, dataclasses.replace(space, task=get_task("causal-lm"))) == (usual,)
+    assert Distill.repairs((*deep, Distill()), space) == ()

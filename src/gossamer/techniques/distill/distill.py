@@ -25,10 +25,13 @@ from gossamer.techniques.base import Context, Decision, Needs, SearchSpace, Tech
 from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
 from gossamer.train.lesson import Plan, Schedule
 
-DEEP = 0.25  # of the original's operations: where fewer are left, a classifier learns anew
-# Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels (docs/concepts/distillation.md).
-ANEW = {"epochs": 6.0, "rate": 3e-4, "batch_size": 32, "hidden": 0.0}
-ROWS_ANEW = 1024  # for so many steps there have to be rows
+DEEP = 1 / 3  # of the original's operations: where fewer are left, a classifier learns anew
+# Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels, and on a vision transformer with 5
+# of 12 heads, 96 of 768 channels (docs/concepts/distillation.md).
+ANEW = {"epochs": 6.0, "hidden": 0.0}
+ROWS_ANEW, MANY_ROWS, MOST_ROWS = 1024, 16_384, 65_536  # there have to be; from which on steps are larger; at most used
+# The best rate goes with 1 / width (Yang et al., "Tensor Programs V", 2022, table 3): where it was tried, and at most.
+RATE_ANEW, WIDTH, MOST_RATE = 3e-4, 384, 1e-3
 
 
 class Leaving(Schedule, Protocol):
@@ -136,22 +139,30 @@ class Distill(TrainingTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
+        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repairs`)."""
         yield from ()
 
     @classmethod
-    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+    def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
         """Return the step for a recipe that cuts something, where there are rows to learn from: with its defaults.
 
-        Of a classifier of which little is left there is not much to hold on to: it learns anew, faster and longer, and
-        from predictions alone, for which the original runs once.
+        Of a classifier of which little is left there is not much to hold on to: it learns anew, faster and longer, on
+        all rows, and from predictions alone, for which the original runs once.
         """
         cuts = any(step.family == "prune" for step in steps)
         if not cuts or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
-            return None
+            return ()
         left = resolved(space.model, steps)[1].macs / max(1, space.model.macs)
         deep = left < DEEP and isinstance(space.task, Classification) and space.training_rows >= ROWS_ANEW
-        return cls.model_validate(ANEW if deep else {})
+        return (*((cls.model_validate(anew(space)),) if deep else ()), cls.model_validate({}))
+
+
+def anew(space: SearchSpace) -> dict[str, float]:
+    """Return the settings with which a classifier learns anew."""
+    width = next((layer.shape[-1] for layer in space.model.layers if layer.role == "q"), WIDTH)
+    rows = min(space.training_rows, MOST_ROWS)
+    steps = {"batch_size": 64 if rows >= MANY_ROWS else 32, "rate": min(MOST_RATE, RATE_ANEW * WIDTH / width)}
+    return {**ANEW, **steps, **({"rows": rows} if rows >= MANY_ROWS else {})}
 
 
 def values_of(module: nn.Module) -> dict[str, Tensor]:

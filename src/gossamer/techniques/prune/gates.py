@@ -140,7 +140,7 @@ class Gates(Until, Distill):
         yield from ()
 
     @classmethod
-    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+    def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
         """Return nothing: it cuts, which a repair does not."""
         del steps, space
-        return None
+        return ()

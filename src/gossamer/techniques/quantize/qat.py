@@ -117,17 +117,17 @@ class Qat(TrainingTechnique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
+        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repairs`)."""
         yield from ()
 
     @classmethod
-    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+    def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
         """Return one epoch for a recipe that rounds layers to few bits, where there are rows to learn from."""
         decided = [one for step in steps for one in step.resolve(space.model) if one.layer.kind != "embedding"]
         coarse = any(one.weight and one.weight.format == "int" and one.weight.bits <= COARSE for one in decided)
         if not coarse or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
-            return None
-        return cls.model_validate({"epochs": 1})
+            return ()
+        return (cls.model_validate({"epochs": 1}),)
 
 
 def _integers(candidate: Candidate) -> dict[str, Quantized]:

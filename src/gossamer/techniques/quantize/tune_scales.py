@@ -106,16 +106,16 @@ class TuneScales(Technique):
 
     @classmethod
     def candidates(cls, space: SearchSpace) -> Iterator[tuple[Technique, ...]]:
-        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repair`)."""
+        """Yield nothing: it takes minutes, so it is proposed only where a recipe falls short without it (`repairs`)."""
         yield from ()
 
     @classmethod
-    def repair(cls, steps: Sequence[Technique], space: SearchSpace) -> Technique | None:
+    def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
         """Return the step with its defaults for a recipe that rounds something, where there are samples enough."""
         rounds = any(decision.weight is not None for step in steps for decision in step.resolve(space.model))
         if not rounds or space.calibration_rows < 4 * MIN_SAMPLES or any(isinstance(step, cls) for step in steps):
-            return None
-        return cls.model_validate({})
+            return ()
+        return (cls.model_validate({}),)
 
 
 @dataclass(frozen=True)
