@@ -21,12 +21,12 @@ from gossamer.models.roles import Dimension
 from gossamer.plan import block_times as timing
 from gossamer.plan import proposed_cuts
 from gossamer.plan.block_times import FLOAT, BlockTimes, block_times, change_of_blocks, formats_of
-from gossamer.plan.candidates import recipes
+from gossamer.plan.candidates import Steps, recipes
 from gossamer.plan.cutting import Choice, Cutting, as_steps, choices_of, counted_by_size, cutting
 from gossamer.plan.fewer_blocks import DEEP, FewerBlocks
 from gossamer.plan.flow import make_tables
 from gossamer.plan.job import Job
-from gossamer.plan.predict import Corrections, Tables, predicted_bytes, predicted_latency
+from gossamer.plan.predict import Corrections, Tables, format_key, predicted_bytes, predicted_latency
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.profile import Profile
 from gossamer.plan.proof import apply_steps
@@ -280,6 +280,7 @@ def test_the_planner_proposes_sizes_that_meet_the_goal(graph_job: Job, monkeypat
     assert again
     assert resolved(graph_job.model, again[0])[1].num_parameters < resolved(graph_job.model, first)[1].num_parameters
     assert cuts.again((Prune(what="layers", remove=1),), Corrections(latency={"": log(1.15)})) == []
+    assert cuts.again(first, Corrections(beside={"": 1e6})) == [], "no bytes were asked for"
     _check_that_sizes_are_solved_for_bytes(graph_job, tables)
 
 
@@ -298,6 +299,18 @@ def _check_that_sizes_are_solved_for_bytes(job: Job, tables: Tables) -> None:
     assert max(sizes) <= 0.99 * asked < rounded
     assert min(sizes) <= 0.94 * asked
     assert max(sizes) > 0.9 * asked  # no more is cut than has to be
+
+    # measured larger than predicted: so much more is cut; as predicted: nothing is solved again
+    more, kind = round(0.05 * asked), format_key(resolved(job.model, solved[0])[0])
+    largest = max(solved, key=lambda steps: size_of(job, tables, steps))
+    assert cuts.again(largest, Corrections(beside={kind: 0.001 * asked})) == []
+    again = cuts.again(largest, Corrections(beside={kind: more}))
+    assert max(size_of(job, tables, steps) for steps in again) <= 0.99 * asked - more
+
+
+def size_of(job: Job, tables: Tables, steps: Steps) -> int:
+    """Return the bytes that are predicted of a recipe."""
+    return predicted_bytes(tables, *resolved(job.model, steps))
 
 
 @pytest.mark.parametrize(("asked", "num_blocks"), [("latency <= 16%", 1), ("latency <= 37%", 2)])

@@ -52,6 +52,26 @@ def test_the_most_promising_comes_first(tables: Tables) -> None:
     assert set(order("quality >= 90%, size <= 106%", tables)[:2]) == {HALF, INT4}
 
 
+def test_what_is_known_of_the_nearest_kinds_goes_for_another() -> None:
+    seen = Corrections(beside={"2:": 900.0, "8:dynamic": 9000.0, "8:dynamic+bf16": 9600.0, "2:+bf16": -8000.0})
+    assert seen.of_bytes("8:dynamic") == 9000
+    assert seen.of_bytes("7:dynamic+bf16") == 9600
+    assert seen.of_bytes("7:dynamic") == 9300
+    assert seen.of_bytes("4:static") == round(sum(seen.beside.values()) / 4)
+    assert seen.unsure_bytes("8:dynamic") == 0
+    assert seen.unsure_bytes("7:dynamic") == 17_300
+    assert Corrections(beside={"2:": 900.0}).unsure_bytes("8:dynamic") == 0
+    assert Corrections().unsure_bytes("2:") == 0
+
+
+def test_bytes_of_another_kind_are_less_sure(tables: Tables) -> None:
+    size = predict(tables, [INT8]).size_bytes
+    goal, kind = parse_goal(f"size <= {size + 200}B"), format_key(INT8.resolve(tables.model))
+    unsure = rank(goal, tables, [(INT8,)], Corrections(beside={"4:static": 300.0, "2:static": -300.0}))[0].promise
+    sure = rank(goal, tables, [(INT8,)], Corrections(beside={kind: 0.0, "2:static": -300.0}))[0].promise
+    assert 0 < unsure < sure
+
+
 def test_a_measured_kind_leaves_little_hope_for_its_siblings(tables: Tables) -> None:
     share = predict(tables, [INT8]).latency_share
     missed_by_a_tenth = parse_goal(f"latency <= {100 * share / 1.1:.6f}%")

@@ -45,16 +45,26 @@ class Corrections:
     cuts: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def of(self, formats: str) -> float:
-        """Return the log-factor for a kind of arithmetic: its own, else the mean of the kinds that were measured.
+        """Return the log-factor for a kind of arithmetic: its own, else the mean of the nearest that were measured.
 
         Layers timed alone have their weights in the cache, which flatters the larger ones of the original: a large part
         of what a prediction misses is common to all kinds.
         """
-        return _own_or_mean(self.latency, formats)
+        return _mean(_nearest(self.latency, formats))
 
     def of_bytes(self, formats: str) -> int:
         """Return the bytes that files of a kind take more than their parameters do."""
-        return round(_own_or_mean(self.beside, formats))
+        return round(_mean(_nearest(self.beside, formats)))
+
+    def unsure_bytes(self, formats: str) -> int:
+        """Return how far the bytes of a kind may lie from that: as far as a measured kind does, unless it was itself.
+
+        What calibrated inputs put into a graph is not what weights alone put there.
+        """
+        usual = self.of_bytes(formats)
+        return (
+            0 if formats in self.beside else max((abs(round(one) - usual) for one in self.beside.values()), default=0)
+        )
 
     def of_quality(self, cuts: tuple[str, ...]) -> float:
         """Return the log-factor on what a recipe loses that cuts and trains like this."""
@@ -81,10 +91,24 @@ class Corrections:
         self.quality += 0.5 * surprise
 
 
-def _own_or_mean(known: Mapping[str, float], formats: str) -> float:
-    if formats in known or not known:
-        return known.get(formats, 0.0)
-    return sum(known.values()) / len(known)
+def _nearest(known: Mapping[str, float], formats: str) -> list[float]:
+    """Return what is known of a kind; where nothing is, of those that have the most in common with it.
+
+    >>> _nearest({"8:dynamic": 1.0, "2:": 3.0}, "7:dynamic")
+    [1.0]
+    """
+    if formats in known:
+        return [known[formats]]
+    shared = {kind: len(_parts(kind) & _parts(formats)) for kind in known}
+    return [value for kind, value in known.items() if shared[kind] == max(shared.values())]
+
+
+def _parts(formats: str) -> set[str]:
+    return set(formats.replace(":", "+").split("+")) - {""}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 @dataclass(frozen=True)
@@ -223,7 +247,7 @@ def format_key(decisions: Sequence[Decision]) -> str:
     Embeddings do not count, since looking rows up takes next to no time, nor does fp16, which only the file is held in.
     """
     computed = [d for d in decisions if d.layer.kind != "embedding" and (d.weight or d.activation)]
-    kinds = {f"{_codes_kind(d)}{d.activation.kind if d.activation else ''}" for d in computed}
+    kinds = {f"{_codes_kind(d)}:{d.activation.kind if d.activation else ''}" for d in computed}
     kinds |= {d.dtype for d in decisions if d.dtype not in (None, "fp16")}
     return "+".join(sorted(kinds))
 

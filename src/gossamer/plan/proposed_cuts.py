@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from math import ceil, exp
+from math import ceil, exp, inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ MARGINS = (0.94, 0.85)  # of the bound: what is solved for
 BYTE_MARGINS = (0.99, 0.94)  # the same, where it is counted but for headers and nodes
 SHARES = (0.75, 0.5, 0.35)  # of the blocks' time, where the goal has no bound
 AS_PREDICTED = 0.03  # in logarithms: what predictions of a measured kind miss anyway
+AS_MANY = 0.005  # of the bytes that a goal leaves: by so many a measured kind may miss
 LEAST_ROWS = 4 * Prune.needs.calibration_rows
 
 
@@ -124,22 +125,30 @@ class SolvedCuts:
         return found
 
     def again(self, steps: Steps, corrections: Corrections) -> list[Steps]:
-        """Return a measured recipe with its cuts solved for the times that measuring has shown; none if as predicted.
+        """Return a measured recipe with its cuts solved for what measuring has shown; none if it is as predicted.
 
-        Where it took longer than predicted more is cut, where it took less, less.
+        Where it took longer than predicted, or more bytes, more is cut; where it took less, less.
         """
         solved = [step for step in steps if cuts_solved_for(step) or takes_named_blocks(step)]
         if self._solver is None or not solved:
             return []
-        slower = corrections.of(format_key(resolved(self.tables.model, steps)[0]))
-        if abs(slower) < AS_PREDICTED:
+        kind = format_key(resolved(self.tables.model, steps)[0])
+        slower, larger = corrections.of(kind), corrections.of_bytes(kind)
+        if abs(slower) < AS_PREDICTED and abs(larger) < AS_MANY * self._bytes_allowed:
             return []
         rest = tuple(step for step in steps if step not in solved and step.divergence_left == 1)
-        return list(dict.fromkeys(self._joined(rest, exp(slower))))
+        return list(dict.fromkeys(self._joined(rest, exp(slower), larger)))
 
-    def _joined(self, steps: Steps, slower: float = 1.0) -> list[Steps]:
+    @property
+    def _bytes_allowed(self) -> float:
+        """Return the bytes that the goal leaves."""
+        whole = self.tables.original.size_bytes
+        bounds = (one for one in self.goal.constraints if one.quantity == "size")
+        return min((bound.bound * (whole if bound.relative else 1) for bound in bounds), default=inf)
+
+    def _joined(self, steps: Steps, slower: float = 1.0, larger: int = 0) -> list[Steps]:
         assert self._solver is not None
-        cuts = self._solver.cuts(steps, slower)
+        cuts = self._solver.cuts(steps, slower, larger)
         together = [joined(found, steps, self.space) if steps else found for found in cuts]
         return [one for one in together if one is not None and self._held(one)]
 
@@ -161,12 +170,12 @@ class _Solver:
         self.saved: dict[tuple[str, Steps], NDArray[np.int64]] = {}
         self.known: dict[tuple[str, Steps, int], tuple[Prune, ...]] = {}  # and hundredths of all that can be saved
 
-    def cuts(self, steps: Steps, slower: float = 1.0) -> Iterator[tuple[Prune, ...]]:
+    def cuts(self, steps: Steps, slower: float = 1.0, larger: int = 0) -> Iterator[tuple[Prune, ...]]:
         """Yield the cuts that bring a recipe to the goal, alone or together with it.
 
-        `slower` is how many times longer than predicted its kind takes.
+        `slower` is how many times longer than predicted its kind takes, `larger` how many bytes more.
         """
-        for quantity, needed in self._needed(steps, slower):
+        for quantity, needed in self._needed(steps, slower, larger):
             fewer = self.fewer.steps(self._left(quantity, needed))
             if fewer:
                 before, after = (resolved(self.tables.model, one) for one in (steps, (*fewer, *steps)))
@@ -210,7 +219,7 @@ class _Solver:
             return bytes_by_size(self.tables, steps)
         return seconds_by_size(self.tables.blocks, quantity)
 
-    def _needed(self, steps: Steps, slower: float) -> Iterator[tuple[str, float]]:
+    def _needed(self, steps: Steps, slower: float, larger: int) -> Iterator[tuple[str, float]]:
         """Yield a format or what is counted, and what has to be saved: billionths of a second, bytes, or a count."""
         decisions, after = resolved(self.tables.model, steps)
         label = None if any(one.dtype for one in decisions) else common_format(self.tables, decisions)
@@ -225,7 +234,7 @@ class _Solver:
                 yield bound.quantity, whole - (bound.bound * whole if bound.relative else bound.bound)
             elif bound.quantity == "size":
                 allowed = bound.bound * (self.tables.original.size_bytes if bound.relative else 1)
-                held = predicted_bytes(self.tables, decisions, after)
+                held = predicted_bytes(self.tables, decisions, after) + larger
                 key = f"{BYTES} {self._held(decisions)}"
                 yield from ((key, held - margin * allowed) for margin in BYTE_MARGINS)
         bounded = any(one.quantity in TIMED for one in self.goal.constraints)

@@ -6,7 +6,7 @@ these is a recipe's promise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gossamer.goal import Goal
@@ -18,7 +18,8 @@ from gossamer.techniques.base import resolved
 
 # how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
 USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.12, "memory": 0.15}
-MEASURED_KIND_MISS = {"latency": 0.04, "throughput": 0.04, "size": 1e-4}  # once a like one was measured
+MEASURED_KIND_MISS = {"latency": 0.04, "throughput": 0.04}  # once a like one was measured
+MEASURED_SIZE_MISS = 1e-4
 LIKELY, HOPELESS = 1.0, -2.5
 COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
@@ -39,9 +40,11 @@ def rank(goal: Goal, tables: Tables, recipes: Sequence[Steps], corrections: Corr
         prediction = predict(tables, steps, corrections)
         decisions = resolved(tables.model, steps)[0]
         kind = format_key(decisions)
-        known = {"latency", "throughput"} if kind in corrections.latency else set[str]()
-        known |= {"size"} if corrections.beside else set()  # headers and nodes are much the same in all kinds
-        found = promise(goal, prediction, tables.original, measured_kind=known)
+        misses = MEASURED_KIND_MISS if kind in corrections.latency else {}
+        if corrections.beside:  # headers and nodes are much the same in all kinds, as far as was seen
+            unsure = corrections.unsure_bytes(kind) / prediction.size_bytes
+            misses = {**misses, "size": MEASURED_SIZE_MISS + unsure}
+        found = promise(goal, prediction, tables.original, misses)
         ranked.append(Ranked(steps, prediction, found))
     return in_order(goal, ranked)
 
@@ -67,19 +70,15 @@ def _order(goal: Goal, item: Ranked) -> tuple[float, ...]:
     return (0.0 if likely else 1.0, -item.promise, prediction.kl, float(prediction.size_bytes))
 
 
-def promise(
-    goal: Goal, prediction: Prediction, original: Original, *, measured_kind: Collection[str] = frozenset()
-) -> float:
+def promise(goal: Goal, prediction: Prediction, original: Original, misses: Mapping[str, float] | None = None) -> float:
     """Return the worst distance of a prediction to a bound, in usual misses; positive when every bound is met.
 
-    `measured_kind` are the quantities that are nearly known, since a recipe with the same arithmetic was measured.
+    `misses` say how far those of some quantities miss, where it is known: recipes like this one were measured.
     """
     worst = 4.0
     for judgement in judge_prediction(goal, prediction, original):
         quantity = judgement.constraint.quantity
-        miss = USUAL_MISS.get(quantity, 0.01)
-        if quantity in measured_kind:
-            miss = MEASURED_KIND_MISS.get(quantity, miss)
+        miss = (misses or {}).get(quantity, USUAL_MISS.get(quantity, 0.01))
         if quantity == "quality":
             miss += 0.5 * (1 - prediction.quality_share)
         worst = min(worst, judgement.margin / miss)

@@ -26,8 +26,8 @@ from gossamer.techniques.training import MIN_ROWS, TrainingTechnique
 from gossamer.train.lesson import Plan, Schedule
 
 DEEP = 1 / 3  # of the original's operations: where fewer are left, a classifier learns anew
-# Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels, and on a vision transformer with 5
-# of 12 heads, 96 of 768 channels (docs/concepts/distillation.md).
+# Tried on an encoder with 3 of its 6 blocks, half of the heads, 640 of 1,536 channels, and on a vision transformer with
+# 5 of 12 heads, 96 of 768 channels (docs/concepts/distillation.md).
 ANEW = {"epochs": 6.0, "hidden": 0.0}
 ROWS_ANEW, MANY_ROWS, MOST_ROWS = 1024, 16_384, 65_536  # there have to be; from which on steps are larger; at most used
 # The best rate goes with 1 / width (Yang et al., "Tensor Programs V", 2022, table 3): where it was tried, and at most.
