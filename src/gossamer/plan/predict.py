@@ -57,14 +57,12 @@ class Corrections:
         return round(_mean(_nearest(self.beside, formats)))
 
     def unsure_bytes(self, formats: str) -> int:
-        """Return how far the bytes of a kind may lie from that: as far as a measured kind does, unless it was itself.
+        """Return how far the bytes of a kind may lie from that: as far as one of the nearest that were measured does.
 
         What calibrated inputs put into a graph is not what weights alone put there.
         """
         usual = self.of_bytes(formats)
-        return (
-            0 if formats in self.beside else max((abs(round(one) - usual) for one in self.beside.values()), default=0)
-        )
+        return max((abs(round(one) - usual) for one in _nearest(self.beside, formats)), default=0)
 
     def of_quality(self, cuts: tuple[str, ...]) -> float:
         """Return the log-factor on what a recipe loses that cuts and trains like this."""
