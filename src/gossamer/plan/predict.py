@@ -92,12 +92,17 @@ class Corrections:
 def _nearest(known: Mapping[str, float], formats: str) -> list[float]:
     """Return what is known of a kind; where nothing is, of those that have the most in common with it.
 
-    >>> _nearest({"8:dynamic": 1.0, "2:": 3.0}, "7:dynamic")
+    How it rounds says more of a graph than what the rest is cast to.
+
+    >>> _nearest({"8:dynamic": 1.0, "2:+bf16": 3.0}, "7:dynamic+bf16")
     [1.0]
     """
     if formats in known:
         return [known[formats]]
-    shared = {kind: len(_parts(kind) & _parts(formats)) for kind in known}
+    common = {kind: _parts(kind) & _parts(formats) for kind in known}
+    shared = {
+        kind: 2 * len(parts - CAST_BYTES.keys()) + len(parts & CAST_BYTES.keys()) for kind, parts in common.items()
+    }
     return [value for kind, value in known.items() if shared[kind] == max(shared.values())]
 
 
