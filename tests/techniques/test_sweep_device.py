@@ -32,7 +32,7 @@ from gossamer.models.quantized import Quantized, QuantSpec
 from gossamer.models.walker import Call
 from gossamer.recipe import Recipe
 from gossamer.run.workspace import Run
-from gossamer.techniques import sweep_device
+from gossamer.techniques import sweep_device, sweep_precision
 from gossamer.techniques.blockwise import BlockTechnique
 from gossamer.techniques.prune.sparsegpt import sparsegpt
 from gossamer.techniques.prune.sparsify import Sparsify
@@ -66,6 +66,12 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 32, "initializer_range": 0.2,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let samples pass in float32 on this processor too, whatever it multiplies: the two are compared closely."""
+    monkeypatch.setattr(sweep_precision, "multiplies_bf16", lambda: False)
 
 
 @contextmanager
