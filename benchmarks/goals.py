@@ -14,6 +14,7 @@ from pathlib import Path
 from results import table, write_section
 
 from gossamer.cli import main as gossamer
+from gossamer.goal import parse_goal
 from gossamer.measure.machine import usable_cores
 from gossamer.plan.records import RunResult, Tried
 from gossamer.report.html import RESULT
@@ -52,6 +53,10 @@ def main() -> int:
         if not (out / RESULT).exists():
             return code
     result = RunResult.model_validate_json((out / RESULT).read_text(encoding="utf-8"))
+    asked = parse_goal(arguments[arguments.index("--goal") + 1])
+    if parse_goal(result.goal) != asked:
+        print(f"goals.py: {out} holds a run for `{result.goal}`: give another --out", file=sys.stderr)
+        return 1
     text = text_of(result)
     print(text)
     model = Path(result.provenance.model).name

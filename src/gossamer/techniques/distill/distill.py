@@ -144,10 +144,10 @@ class Distill(TrainingTechnique):
 
     @classmethod
     def repairs(cls, steps: Sequence[Technique], space: SearchSpace) -> Sequence[Technique]:
-        """Return the step for a recipe that cuts something, where there are rows to learn from: with its defaults.
+        """Return the step with its defaults for a recipe that cuts something, where there are rows to learn from.
 
-        Of a classifier of which little is left there is not much to hold on to: it learns anew, faster and longer, on
-        all rows, and from predictions alone, for which the original runs once.
+        Of a classifier of which little is left there is not much to hold on to: before that it is proposed to learn
+        anew, faster and longer, on all rows, and from predictions alone, for which the original runs once.
         """
         cuts = any(step.family == "prune" for step in steps)
         if not cuts or space.training_rows < 4 * MIN_ROWS or any(isinstance(step, cls) for step in steps):
