@@ -69,6 +69,8 @@ def test_of_two_stacks_blocks_of_both_go_where_little_time_is_left(tmp_path: Pat
 
 @pytest.mark.slow
 def test_without_rows_a_made_up_recording_proves_the_files(whisper: str, tmp_path: Path) -> None:
-    recipe = Recipe.from_yaml("- quantize: {bits: 4, group_size: 16, targets: [linear]}")
+    recipe = Recipe.from_yaml(
+        "- quantize: {bits: 4, group_size: 16, targets: [linear]}\n- quantize: {bits: 8, targets: [embedding]}"
+    )
     found = api.apply(recipe, whisper, out=tmp_path / "out", task="speech-recognition", threads=1)
     assert found.verdict == "PASS", found.reason

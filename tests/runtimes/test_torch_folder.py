@@ -300,6 +300,7 @@ def test_refusals_say_why() -> None:
     assert "row numbers" in str(runtime.refusal("embedding", (8, 8), spec, STATIC))
     assert "does not divide" in str(runtime.refusal("q", (8, 8), QuantSpec(bits=4, group_size=3), None))
     assert runtime.refusal("embedding", (8, 8), spec, None) is None
+    assert "more than row numbers" in str(runtime.refusal("positions", (8, 8), spec, None))
 
 
 def test_a_convolution_is_refused_when_written(tmp_path: Path) -> None:

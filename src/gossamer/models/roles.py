@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 Role = Literal[
     "embedding",
+    "positions",
     "q",
     "k",
     "v",

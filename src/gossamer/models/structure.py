@@ -7,6 +7,7 @@ only where nothing could be run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ def map_model(
     layers = _without_roles(leaves, members, experts)
     flow = _follow(module, leaves, example, forward, notes)
     roles = purpose.assign_roles(layers, flow) | _roles_of_experts(module, experts)
+    roles |= {name: "positions" for name, leaf in leaves.items() if _takes_more_than_rows(leaf)}
     macs = flow.macs if flow is not None else {}
     layers = [replace(layer, role=roles[layer.name], macs=macs.get(layer.name, 0)) for layer in layers]
     notes.extend(purpose.remarks(layers, flow))
@@ -123,6 +125,11 @@ def layer_kind(module: nn.Module) -> tuple[Kind, bool]:
     if one_row and weight.dim() == 1 and not isinstance(module, nn.PReLU):
         return "norm", False
     return "other", False
+
+
+def _takes_more_than_rows(leaf: _Leaf) -> bool:
+    """Say whether a table is called with more than row numbers (learned positions of Whisper, BART, OPT)."""
+    return leaf.kind == "embedding" and len(inspect.signature(type(leaf.module).forward).parameters) > 2
 
 
 def _turned(module: nn.Module, weight: Tensor) -> bool | None:

@@ -90,7 +90,7 @@ class OnnxRuntime(Runtime):
             return _expert_refusal(inputs, spec, activation)
         if activation is None:
             return None
-        if role == "embedding":
+        if role in ("embedding", "positions"):
             return "an embedding has no input to round"
         if spec.format != "int":
             return f"rounded inputs are integers, which it does not multiply by {spec.format} weights"

@@ -78,7 +78,7 @@ class OpenVino(Runtime):
             return None
         if spec is None:
             return "a layer's inputs can be rounded only together with its weight"
-        if role == "embedding":
+        if role in ("embedding", "positions"):
             return "the inputs of an embedding are row numbers: there is nothing to round"
         if activation.kind == "dynamic":
             return (

@@ -54,7 +54,11 @@ from gossamer.tasks.base import Arrays, Task
 METADATA = {"format": "pt", "written_by": "gossamer"}
 FLOAT_BITS = {"F32": ("float32", 32), "F16": ("float16", 16), "BF16": ("bfloat16", 16), "F64": ("float64", 64)}
 # layers that are an nn.Linear or nn.Embedding: the module types that compressed-tensors can hold
-UNSUPPORTED_ROLES = {"convolution": "a convolution", "norm": "a normalization layer"}
+UNSUPPORTED_ROLES = {
+    "convolution": "a convolution",
+    "norm": "a normalization layer",
+    "positions": "a table that its model calls with more than row numbers",
+}
 
 
 class TorchSession(Session):

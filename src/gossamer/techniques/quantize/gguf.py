@@ -155,7 +155,7 @@ class GgufBlocks(BlockTechnique):
     @classmethod
     def _of_embeddings(cls, space: SearchSpace) -> Iterator[GgufBlocks]:
         """Yield the formats for embeddings whose rows blocks divide."""
-        tables = [layer for layer in space.model.layers if layer.kind == "embedding" and layer.tied_to is None]
+        tables = [layer for layer in space.model.layers if layer.role == "embedding" and layer.tied_to is None]
         seen: set[tuple[str, ...]] = set()
         for name in TABLE_FORMATS if tables and not any(num_inputs(table) % BLOCK for table in tables) else ():
             step = cls.model_validate({"format": name, "importance": False, "targets": ("embedding",)})

@@ -177,7 +177,7 @@ class Quantize(FormatSettings):
     @classmethod
     def of_embeddings(cls, space: SearchSpace) -> list[Quantize]:
         """Return the grids for the embeddings that the runtime holds; none where embeddings are a small part."""
-        embeddings = [layer for layer in space.model.layers if layer.kind == "embedding" and layer.tied_to is None]
+        embeddings = [layer for layer in space.model.layers if layer.role == "embedding" and layer.tied_to is None]
         share = sum(layer.num_parameters for layer in embeddings) / max(1, space.model.num_parameters)
         if share < MIN_EMBEDDING_SHARE:
             return []
