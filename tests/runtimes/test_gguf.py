@@ -68,6 +68,14 @@ SPECS = [
 ]
 
 
+def rounded_inputs(inputs: Tensor, block: int) -> Tensor:
+    """Round to 8 bits as llama.cpp rounds what it multiplies with weights in blocks (Q8_0; Q8_K for blocks of 256)."""
+    blocks = inputs.unflatten(-1, (-1, block))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.round(blocks / scales.clamp(min=1e-30))
+    return (codes * (scales.half().float() if block == 32 else scales)).flatten(-2)
+
+
 def nearest(weight: Tensor, spec: QuantSpec) -> Quantized:
     """Plain rounding."""
     groups = weight.detach().unflatten(1, (-1, spec.group_size or weight.shape[1]))
@@ -320,9 +328,13 @@ def test_llama_cpp_computes_with_solved_blocks(name: str, tmp_path: Path) -> Non
             codes = Quantized.of_blocks(rows, FORMATS[name], tuple(weight.shape), transposed=False)
             candidate.set_quantized(parameter, codes)
     found = Gguf().open(written(candidate, request, tmp_path / "out"), threads=1).run(request.example)["logits"]
+    for module in candidate.module.modules():
+        if isinstance(module, nn.Linear):  # llama.cpp rounds what comes in, which alone moves logits by 2 to 3 %
+            module.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0], FORMATS[name].size),))
     with torch.no_grad():
         expected = candidate.module(torch.from_numpy(IDS)).logits.numpy()
-    assert np.square(found - expected).mean() < np.square(0.03 * expected.std())  # inputs are rounded to 8 bits
+    bound = 0.03 if name in ("Q4_1", "Q5_1") else 0.01  # these two meet inputs in a format of their own
+    assert np.square(found - expected).mean() < np.square(bound * expected.std())
 
 
 @needs_llama
