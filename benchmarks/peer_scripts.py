@@ -111,7 +111,8 @@ def run_recipe(tool: str, name: str, label: str, inputs: Inputs) -> Outcome:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(inputs.threads))
     environment = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONPATH", None)  # what lies there is for our interpreter
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    # in its own folder: a tool may leave logs where it is started
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, cwd=work)
     (work / "log.txt").write_text(done.stdout[-KEEP_LOG:] + done.stderr[-KEEP_LOG:], encoding="utf-8")
     if done.returncode or not found.exists():
         reason = short(done.stderr) or f"status {done.returncode}"

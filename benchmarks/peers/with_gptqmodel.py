@@ -26,12 +26,13 @@ def quantize(job: Job) -> None:
 
 
 def reopen(job: Job) -> Callable[[Any], Any]:
-    """Open it with its PyTorch kernel, in float32 where that kernel can."""
+    """Open it with its PyTorch kernel, which loads in 16 bits only, and compute in float32 what it dequantizes."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, job.threads)))
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    return torch_logits(GPTQModel.load(str(job.out), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32).model)
+    served = GPTQModel.load(str(job.out), device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16)
+    return torch_logits(served.model.float())
 
 
 if __name__ == "__main__":
