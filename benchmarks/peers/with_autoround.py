@@ -1,12 +1,15 @@
 """AutoRound: rounding learned by signed gradient descent, block by block, on 64 calibration windows.
 
-Head and embedding stay as they are. Opened with transformers, in float32.
+Head and embedding stay as they are, in float32. 0.16.1 cannot compute here with the asymmetric codes that it packs:
+what is opened, with transformers in float32, are its weights multiplied out, as they are in memory before it packs
+them. They are not counted in its bytes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from script import Job, run, torch_logits
@@ -19,6 +22,7 @@ RECIPES = {
 }
 NUM_SAMPLES = 64
 GROUP_SIZE = 64
+PACKED = "auto_round:auto_gptq"  # by default it packs asymmetric 4 bits as AWQ, and fails there
 
 
 def quantize(job: Job) -> None:
@@ -45,16 +49,22 @@ def quantize(job: Job) -> None:
         device_map="cpu",
     )
     with job.timed():
-        rounding.quantize()
-    rounding.save_quantized(str(job.out), format="auto_round")
+        rounded, _ = rounding.quantize()
+    rounded.save_pretrained(floats_of(job))  # scales and zero points lie beside the weights, and are not read again
+    rounding.save_quantized(str(job.out), format=PACKED)
+
+
+def floats_of(job: Job) -> Path:
+    """Return where the weights lie that were multiplied out."""
+    return job.out.with_name("floats")
 
 
 def reopen(job: Job) -> Callable[[Any], Any]:
-    """Open the folder."""
+    """Open the weights that were multiplied out."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return torch_logits(AutoModelForCausalLM.from_pretrained(job.out, dtype=torch.float32))
+    return torch_logits(AutoModelForCausalLM.from_pretrained(floats_of(job), dtype=torch.float32))
 
 
 if __name__ == "__main__":
