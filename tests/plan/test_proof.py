@@ -27,6 +27,7 @@ from gossamer.techniques.quantize.quantize import Quantize
 STEPS = (Quantize(bits=4, group_size=32, symmetric=False), Quantize(targets=("word_embeddings",)))
 WEIGHTS: list[dict[str, Any]] = [{"activation": "", "dtype": None}]
 INPUTS = [*WEIGHTS, {"activation": "uint8 dynamic per tensor", "dtype": None}]
+CACHES = [*WEIGHTS, {"activation": "", "dtype": None, "weight": "", "cache": "fp8 per tensor"}]
 DOCTORED = "bert.encoder.layer.0.attention.self.query.weight"
 
 
@@ -120,6 +121,15 @@ def test_outputs_are_compared_in_units_of_their_spread(job: Job) -> None:
     spread = np.sqrt(np.mean(np.concatenate([(one - one.mean()).ravel() ** 2 for one in logits])))
     change = [arrays[f"{index}.decided"] - arrays[f"{index}.original"] for index in range(3)]
     assert found.change == pytest.approx(np.sqrt(np.mean(np.square(change))) / spread, rel=1e-5)
+
+
+def test_rounded_caches_may_move_outputs_by_half_of_what_they_changed(job: Job) -> None:
+    arrays = check_arrays(job, changed=0.1)
+    change = compare_outputs(job, arrays, answering(arrays, 0.0), CACHES).change
+    spread = float(np.std(np.concatenate([arrays[f"{index}.decided"] for index in range(3)])))
+    assert change > 0.03
+    assert compare_outputs(job, arrays, answering(arrays, 0.4 * change * spread), CACHES).passed
+    assert not compare_outputs(job, arrays, answering(arrays, 0.7 * change * spread), CACHES).passed
 
 
 def test_a_wrong_artifact_does_not_pass(job: Job) -> None:

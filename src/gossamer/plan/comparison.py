@@ -23,7 +23,7 @@ from gossamer.tasks.base import Arrays, RunAll
 CHECKED_VALUES = 1 << 21  # of one output that is compared, whole rows of its last axis
 EXACT_TOLERANCE = 1e-3  # float arithmetic in another order: 1e-6 to 1e-4 was seen
 CAST_TOLERANCE = {"fp16": 0.01, "bf16": 0.05}  # a runtime may compute in 16 bits too: about ten of the format's steps
-CACHE_TOLERANCE = 0.01  # keys and values on the border of two codes: 1e-4 was seen
+CACHE_TOLERANCE = 0.01  # keys and values on the border of two codes: 1e-4 was seen where blocks are few
 INTEGER_TOLERANCE = 0.05  # a code that rounds the other way moves an output by a step; see docs/concepts/proof.md
 
 
@@ -46,8 +46,8 @@ def compare_outputs(
     """Return how an opened artifact's outputs compare with the in-memory candidate's on the kept batches.
 
     Weight-only artifacts must agree to float rounding, those cast to 16 bits to the rounding of 16-bit arithmetic.
-    Where inputs are rounded too, a value on the border of two codes may fall to either side, so they may differ by as
-    much as half of what the recipe itself changed.
+    Where inputs, or keys and values, are rounded too, a value on the border of two codes may fall to either side, so
+    they may differ by as much as half of what the recipe itself changed.
     """
     indices = sorted({int(name.split(".")[0]) for name in arrays})
     found, decided, original = [], [], []
@@ -62,7 +62,7 @@ def compare_outputs(
     change = _rms(*(a - b for a, b in zip(decided, original, strict=True))) / spread
     allowed = max((CAST_TOLERANCE[d["dtype"]] for d in decisions if d["dtype"]), default=EXACT_TOLERANCE)
     if any(decision.get("cache") for decision in decisions):
-        allowed = max(allowed, CACHE_TOLERANCE)
+        allowed = max(allowed, CACHE_TOLERANCE, 0.5 * change)  # 30 blocks: 1e-7 in the norms is 3 % of logits
     rounded = job.runtime.rounds_inputs and any(decision["weight"] for decision in decisions)
     if rounded or any(decision["activation"] for decision in decisions):
         allowed = max(INTEGER_TOLERANCE, 0.5 * change)
