@@ -62,7 +62,7 @@ def compare_outputs(
     change = _rms(*(a - b for a, b in zip(decided, original, strict=True))) / spread
     allowed = max((CAST_TOLERANCE[d["dtype"]] for d in decisions if d["dtype"]), default=EXACT_TOLERANCE)
     if any(decision.get("cache") for decision in decisions):
-        allowed = max(allowed, CACHE_TOLERANCE, 0.5 * change)  # 30 blocks: 1e-7 in the norms is 3 % of logits
+        allowed = max(allowed, CACHE_TOLERANCE, 0.5 * change)  # see docs/concepts/proof.md
     rounded = job.runtime.rounds_inputs and any(decision["weight"] for decision in decisions)
     if rounded or any(decision["activation"] for decision in decisions):
         allowed = max(INTEGER_TOLERANCE, 0.5 * change)
