@@ -1,10 +1,12 @@
 """What a teacher is worth to a model with fewer blocks: one student trained beside the original, and on labels alone.
 
-    python benchmarks/students.py [--model DIR --data train.jsonl --eval test.jsonl] [--tokens 128] [--stays 50%]
+    python benchmarks/students.py [--model DIR --data train.jsonl --eval test.jsonl] [--tokens 128] [--labelled 128]
 
 The student is the original without some of its blocks (those that its predictions miss least). It is trained for the
-same epochs on the same rows, once following the original's predictions and blocks besides the labels, once on labels
-alone, for several seeds. Rows are compared in pairs: right answers of one, mean over seeds, against the other's.
+same steps on the same rows, once following the original's predictions and blocks besides the labels, once on labels
+alone, for several seeds. With --labelled only so many rows have one: the teacher needs none and is followed on all
+rows without, labels alone are learned from those, seen as much more often. Rows are compared in pairs: right answers
+of one, mean over seeds, against the other's.
 """
 
 from __future__ import annotations
@@ -30,14 +32,20 @@ from gossamer.tasks.base import Metric, Scores
 TAUGHT, ALONE = "distilled", "labels alone"
 
 
-def students(stays: str, epochs: float, seeds: int) -> list[Gossamer]:
-    """Return the student as it is cut, and trained in both ways with each seed."""
+def students(stays: str, epochs: float, seeds: int, rows: int, labelled: int | None) -> list[Gossamer]:
+    """Return the student as it is cut, and trained in both ways with each seed; of `rows` so many are labelled."""
     cut = {"prune": {"what": "layers", "to": stays, "by": "divergence"}}
-    ways: dict[str, Mapping[str, Any]] = {TAUGHT: {}, ALONE: {"logits": 0, "hidden": 0, "labels": 1}}
+    ways: dict[str, Mapping[str, Any]] = {
+        TAUGHT: {"epochs": epochs},
+        ALONE: {"epochs": epochs, "logits": 0, "hidden": 0, "labels": 1},
+    }
+    if labelled is not None:
+        ways[TAUGHT] = {"epochs": epochs, "labels": 0}
+        ways[ALONE] = {**ways[ALONE], "rows": labelled, "epochs": epochs * max(1.0, rows / labelled)}
     found = [Gossamer("onnxruntime", (cut,), f"blocks to {stays}, not trained")]
     for seed in range(seeds):
         for way, settings in ways.items():
-            steps: Steps = (cut, {"distill": {**settings, "epochs": epochs}})
+            steps: Steps = (cut, {"distill": dict(settings)})
             found.append(Gossamer("onnxruntime", steps, f"blocks to {stays}, {way}, seed {seed}", seed=seed))
     return found
 
@@ -65,6 +73,7 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stays", default="50%", help="what stays of the blocks")
     parser.add_argument("--epochs", type=float, default=4.0, help="how often each row is seen")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--labelled", type=int, metavar="N", help="rows that have a label (default: all)")
 
 
 def main() -> int:
@@ -74,7 +83,10 @@ def main() -> int:
     settings = {"max_length": arguments.tokens, "latency_tokens": arguments.tokens}
     contest = make_contest(arguments, "text-classification", settings, arguments.rows)
     task = contest.prepared.task
-    peers: list[Peer] = [OnnxFloat32(), *students(arguments.stays, arguments.epochs, arguments.seeds)]
+    rows, labelled = len(contest.prepared.others), arguments.labelled
+    peers: list[Peer] = [
+        OnnxFloat32(), *students(arguments.stays, arguments.epochs, arguments.seeds, rows, labelled)
+    ]  # fmt: skip
     entries, skipped = build_all(contest, peers, arguments, calibration_inputs(contest, arguments.calibration_rows))
     if len(entries) < len(peers):
         print("students.py: not all could be made:\n" + "\n".join(skipped), file=sys.stderr)
@@ -88,9 +100,9 @@ def main() -> int:
     text += "\n\n" + compared(found, reference.scores, task.metric)
     print(text)
     if not arguments.no_results:
-        name = arguments.model.name
+        name, part = arguments.model.name, "" if labelled is None else f", {labelled} of {rows} rows labelled"
         write_section(
-            f"students {name}", f"Students of {name} with fewer blocks", text, threads=contest.threads,
+            f"students {name}{part}", f"Students of {name} with fewer blocks{part}", text, threads=contest.threads,
             seconds=time.monotonic() - began,
         )  # fmt: skip
     return 0
