@@ -159,6 +159,20 @@ def test_memory_that_holds_neither_is_refused_with_both_numbers(
     assert "--memory" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("worst", "fewer_rows"), [("original", False), ("prove", False), ("observe", True), ("solve", True)]
+)
+def test_fewer_calibration_rows_are_advised_where_they_take_the_memory(
+    job: Job, rates: Rates, worst: str, fewer_rows: bool
+) -> None:
+    found = Forecaster(replace(job, memory=1), rates).of(SWEEP)
+    stages = [stage.model_copy(update={"memory_bytes": 2 if stage.name == worst else 1}) for stage in found.stages]
+    with pytest.raises(TechniqueError, match="gptq needs about") as caught:
+        check_forecast(found.model_copy(update={"stages": tuple(stages)}), "gptq")
+    assert "--memory" in caught.value.hint
+    assert ("calibration rows" in caught.value.hint) is fewer_rows
+
+
 def test_a_gpu_has_figures_of_its_own_and_what_does_not_fit_there_is_refused(
     job: Job, rates: Rates, monkeypatch: pytest.MonkeyPatch
 ) -> None:

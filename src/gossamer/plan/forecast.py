@@ -45,6 +45,7 @@ from gossamer.techniques.sweep_gates import NUM_GATED
 from gossamer.techniques.sweep_memory import SweepMemory
 
 STAGES = ("open", "original", "observe", "solve", "pass on", "round", "train", "compare", "write", "prove", "publish")
+CALIBRATED = ("observe", "solve", "pass on")  # stages in which calibration rows take memory
 CHILD_BYTES = 250 << 20  # of a serving process that has opened nothing, beyond what it shares with this one
 TIMED_SECONDS, TURNS_SECONDS = 8.0, 15.0  # that one timing takes, alone and in turns with the original
 START_SECONDS = 4.0  # that a serving process takes to import what it needs
@@ -297,21 +298,24 @@ def check_forecast(found: Forecast, label: str) -> None:
     if not found.refusal:
         return
     if found.memory_bytes > found.memory_limit:
-        raise TechniqueError(
-            f"{label} {found.refusal}",
-            "raise --memory, give fewer or shorter calibration rows, or round without data: quantize",
-        )
+        calibrates = _worst(found).name in CALIBRATED
+        less = ", give fewer or shorter calibration rows, or round without data: quantize" if calibrates else ""
+        raise TechniqueError(f"{label} {found.refusal}", f"raise --memory{less}")
     if found.device_bytes > found.device_limit:
         raise TechniqueError(f"{label} {found.refusal}", "give shorter calibration rows, or use --device cpu")
     raise RunError(f"{label} {found.refusal}", "free some space, or name a folder on another disk with --out")
 
 
+def _worst(found: Forecast) -> Stage:
+    """Return the stage that takes the most memory."""
+    return max(found.stages, key=lambda stage: stage.memory_bytes)
+
+
 def _refusal(found: Forecast, folder: Path) -> str:
     """Return why a recipe cannot be carried out here, as the end of a sentence; empty when it can."""
     if found.memory_bytes > found.memory_limit:
-        worst = max(found.stages, key=lambda stage: stage.memory_bytes)
         return (
-            f"needs about {found.memory_bytes / 2**30:.1f} GiB of memory ({worst.name}); "
+            f"needs about {found.memory_bytes / 2**30:.1f} GiB of memory ({_worst(found).name}); "
             f"{found.memory_limit / 2**30:.1f} GiB may be used"
         )
     if found.device_bytes > found.device_limit:
