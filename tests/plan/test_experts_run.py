@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from gossamer.models.experts import take_apart
 from gossamer.models.structure import map_model
 from gossamer.plan import budget
 from gossamer.plan.comparison import compare_tensors
-from gossamer.plan.flow import apply_run
+from gossamer.plan.flow import apply_run, make_tables, proposals
 from gossamer.plan.prepare import Inputs, opened_job, prepare
 from gossamer.plan.profile import profile
 from gossamer.plan.proof import apply_steps
@@ -25,6 +26,7 @@ from gossamer.run.workspace import Run
 from gossamer.runtimes import get_runtime
 from gossamer.runtimes.base import StoredTensor
 from gossamer.techniques.base import SearchSpace, Technique
+from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import recipe_of
@@ -85,6 +87,18 @@ def test_experts_are_rounded_proven_and_reported_whole_and_piece_by_piece(
     report = json.loads((tmp_path / "pieces" / "report.json").read_text())
     assert report["tried"][0]["experts"][0]["tokens"] == list(found.tried[0].experts[0].tokens)
     assert "Did each expert see enough?" in write_report(tmp_path / "pieces").read_text()
+
+
+def test_fewer_experts_are_proposed_for_a_bound_on_parameters(speaker: Path, tmp_path: Path) -> None:
+    long = [{"text": " and ".join(f"{number}: {text}" for text in TEXTS * 2)} for number in range(40)]
+    inputs = replace(inputs_of(speaker), data=long, calibration_rows=40)
+    goal, prepared = parse_goal("params <= 80%, quality >= 50%"), prepare(inputs)
+    assert len(prepared.calibration) < 32, "as many as cuts are chosen by are there as windows, not as rows"
+    with Run(tmp_path / "run", {"verb": "test"}) as run, opened_job(inputs, prepared, run) as job:
+        assert len(job.calibration) == 40
+        found, _ = proposals(job, goal, make_tables(job, goal)[0])
+        cuts = {step.label() for steps in found for step in steps if isinstance(step, Prune)}
+        assert {"prune experts to 75% by activation", "prune experts to 50% by activation"} <= cuts
 
 
 def test_what_cannot_hold_experts_is_refused_before_anything_is_measured(speaker: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def optimize_run(
     ):
         check_measurable(job, goal)
         tables, reference = make_tables(job, goal)
-        found, cuts = proposals(job, goal, tables, len(prepared.calibration))
+        found, cuts = proposals(job, goal, tables)
         deadline = None if budget is None else began + budget
         search = Search(job, goal, tables, reference, Forecaster(job, measured_rates(job)), cuts)
         result = search.run(found, max_candidates=max_candidates, deadline=deadline)
@@ -233,10 +233,10 @@ def _float_bytes(job: Job) -> dict[str, int]:
     return {f"{name}.weight": 2 for name, dtype in stored.items() if dtype in narrow and job.runtime.keeps_16_bits}
 
 
-def proposals(job: Job, goal: Goal, tables: Tables, calibration_rows: int) -> tuple[list[Steps], SolvedCuts]:
+def proposals(job: Job, goal: Goal, tables: Tables) -> tuple[list[Steps], SolvedCuts]:
     """Return the recipes that there are to choose from for this goal, and what solves cuts where none of them does."""
     bounds = upper_bounds(goal, tables.original)
-    space = replace(_space(job, goal), calibration_rows=calibration_rows, bounds=bounds)
+    space = replace(_space(job, goal), bounds=bounds)
 
     def held(steps: Steps) -> bool:  # what a technique proposes fits layer by layer; experts are held together
         return not job.model.experts or refused_by(job.runtime, job.model, steps) is None

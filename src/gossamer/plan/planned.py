@@ -96,7 +96,7 @@ def _for_goal(job: Job, goal: Goal, steps: Steps | None, where: Path, left: floa
     """Return the recipes that are worth a try for a goal (or the one that was named), and those that cannot be held."""
     forecaster = Forecaster(job, measured_rates(job), where=where)
     tables, _ = make_tables(job, goal)
-    found, cuts = ([steps], None) if steps is not None else proposals(job, goal, tables, len(job.calibration))
+    found, cuts = ([steps], None) if steps is not None else proposals(job, goal, tables)
 
     def refusal(steps: Steps) -> str:
         found = forecaster.of(steps)

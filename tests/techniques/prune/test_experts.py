@@ -22,7 +22,9 @@ from gossamer.plan.proof import refused_by
 from gossamer.recipe import Step
 from gossamer.runtimes import get_runtime
 from gossamer.tasks import get_task
+from gossamer.techniques.base import SearchSpace
 from gossamer.techniques.prune.experts import expert_scores
+from gossamer.techniques.prune.prune import Prune
 from gossamer.techniques.registry import build
 
 TINY = runpy.run_path(str(Path(__file__).parents[2] / "models" / "tiny_experts.py"))
@@ -174,3 +176,11 @@ def test_experts_that_are_left_may_all_be_rounded(runtime: str, tmp_path: Path) 
         build(Step(technique="quantize", settings={"bits": 8, "symmetric": True})),
     ]
     assert refused_by(get_runtime(runtime), model, steps) is None
+
+
+@pytest.mark.parametrize(("wanted", "offered"), [("params", {"75%", "50%"}), ("latency", set()), ("size", set())])
+def test_fewer_experts_are_offered_where_parameters_are_bounded(wanted: str, offered: set[str], tmp_path: Path) -> None:
+    _, model = opened(TINY["mixtral"], tmp_path)  # four experts, two of which a token asks
+    space = SearchSpace(model, get_runtime("torch"), TASK, 64, frozenset((wanted,)))
+    cuts = [step for steps in Prune.candidates(space) for step in steps if isinstance(step, Prune)]
+    assert {step.to for step in cuts if step.what == "experts"} == offered

@@ -51,6 +51,7 @@ PROPOSED: dict[Cuttable, tuple[str, ...]] = {  # shares that stay
     "heads": ("75%", "67%", "50%"),
     "layers": ("83%", "67%", "50%"),
     "channels": ("75%", "62%", "50%"),
+    "experts": ("75%", "50%"),
 }
 NARROWER = ("75%", "50%")
 By = Literal["obs", "fisher", "taylor", "activation", "magnitude", "influence", "divergence"]
@@ -363,6 +364,8 @@ class Prune(BlockTechnique):
             return
         found: dict[str, list[Prune]] = {}
         for kind, shares in PROPOSED.items():
+            if kind == "experts" and "params" not in space.wanted:
+                continue  # a token asks as many of those that stay
             steps = [cls.model_validate({"what": kind, "to": share}) for share in shares]
             # by the sizes that they lead to: of few blocks several shares are one number
             distinct = {tuple(step.sizes(space.model).values()): step for step in steps if step._fits(space)}
