@@ -10,22 +10,23 @@ test pictures; differences are paired, with 95 % intervals.
 
 `latency` carries a recipe out for ONNX Runtime and sets the latency that the planner predicts from its table of layer
 times beside the measured one; channels are chosen by magnitude, since which they are changes no time. A NETWORK.py has
-`load(folder)` and takes pictures as `x`; fashion pictures, enlarged to 224 x 224, stand for its own: of such a network
-only shapes and times are told.
+`load(folder)` and takes pictures as `x` (of maps that it returns the means stand for classes); fashion pictures,
+enlarged to 224 x 224, stand for its own: of such a network only shapes and times are told.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import runpy
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results import table, write_section
 from torch import Tensor, nn
 
 from gossamer import api
@@ -54,24 +55,28 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def quality(model: str, train: str, test: str) -> None:
-    """Print a table of accuracies."""
+def quality(model: str, train: str, test: str) -> str:
+    """Return tables of accuracies."""
     source = Source.open(model)
     calibration = batches(train, source, CALIBRATION, 1)
     tested = batches(test, source, TESTED, 100)
     before = right(source.module(TASK), source, tested)
-    print(f"as it is: {before.mean():.4f} of {len(before)} pictures")
+    parts = [f"As it is {100 * before.mean():.1f} % of {len(before)} pictures are told right."]
     for share in SHARES:
-        found = {f"ours: {name}": ours(source, calibration, share, more) for name, more in OURS.items()}
-        found |= {f"Torch-Pruning: {name}": make(share) for name, make in theirs(source, calibration).items()}
+        found = {f"**gossamer** {name}": ours(source, calibration, share, more) for name, more in OURS.items()}
+        found |= {f"Torch-Pruning {name}": make(share) for name, make in theirs(source, calibration).items()}
         counts = {sum(values.numel() for values in module.parameters()) for module in found.values()}
         scores = {name: right(module, source, tested) for name, module in found.items()}
         best = max((name for name in scores if name.startswith("Torch")), key=lambda name: scores[name].mean())
-        print(f"\n{share} of the channels, {sorted(counts)} parameters; differences to {best}")
+        rows = []
         for name, score in scores.items():
             away = score - scores[best]
             interval = 1.96 * away.std(ddof=1) / math.sqrt(len(away))
-            print(f"{name:45} {score.mean():.4f}   {away.mean():+.4f} ± {interval:.4f}")
+            rows.append([name, f"{100 * score.mean():.1f}", f"{100 * away.mean():+.1f} ± {100 * interval:.1f}"])
+        headings = (f"{share} of the channels, {' or '.join(map(str, sorted(counts)))} parameters", "right, %",
+                    f"points more than {best}")  # fmt: skip
+        parts.append(table(headings, rows))
+    return "\n\n".join(parts)
 
 
 def batches(data: str, source: Source, count: int, size: int) -> list[Batch]:
@@ -148,16 +153,17 @@ def losses(module: nn.Module, calibration: list[Batch]) -> Iterator[Tensor]:
         yield nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets["labels"]))
 
 
-def latency(model: str, train: str, test: str, out: Path, threads: int, shares: list[str]) -> None:
-    """Print predicted and measured latencies, parameters and operations of a model cut to each share."""
+def latency(model: str, train: str, test: str, out: Path, threads: int, shares: list[str]) -> str:
+    """Return a table of predicted and measured latencies, parameters and operations of a model cut to each share."""
     given: dict[str, Any] = {"task": "image-classification", "runtime": "onnxruntime", "threads": threads}
     if model.endswith(".py"):
         network = runpy.run_path(model)["load"](train)
-        given |= {"model": network, "forward": lambda module, inputs: module(inputs["pixel_values"])}
+        given |= {"model": network, "forward": lambda module, inputs: classes(module(inputs["pixel_values"]))}
         rows = enlarged(test, 128, network)
         given |= {"data": rows[:64], "evaluation": rows[64:], "calibration_rows": 32}
     else:
         given |= {"model": model, "data": train, "evaluation": test, "evaluation_rows": 64, "calibration_rows": 32}
+    told: list[list[str]] = []
     for share in shares:
         folder = out / f"{Path(model).stem}-{share.rstrip('%')}"
         recipe = Recipe(steps=(Step(technique="prune", settings={"what": "channels", "to": share, **QUICKLY}),))
@@ -165,20 +171,31 @@ def latency(model: str, train: str, test: str, out: Path, threads: int, shares: 
         planned = api.plan(**given, goal=goal, recipe=recipe, out=folder)
         found = api.apply(recipe, **given, goal=goal, out=folder)
         predicted, measured = planned.candidates[0].predicted, found.tried[0].measured
-        if measured is None or found.original.same_runtime_latency is None:
+        original = found.original
+        if measured is None or original is None or original.same_runtime_latency is None:
             raise SystemExit(f"{share}: not measured: {found.tried[0].rejected or found.reason}")
-        unchanged = found.original.same_runtime_latency.p50
-        row = {
-            "share": share,
-            "parameters": [found.original.num_parameters, predicted.num_parameters],
-            "macs": [found.original.macs, predicted.macs],
-            "milliseconds unchanged": 1e3 * unchanged,
-            "milliseconds predicted": 1e3 * predicted.latency_seconds,
-            "milliseconds measured": 1e3 * measured.latency.p50,
-            "share of PyTorch predicted": predicted.latency_share,
-            "share of PyTorch measured": str(measured.figures["latency p50 ratio"]),
-        }
-        print(json.dumps(row), flush=True)
+        unchanged = original.same_runtime_latency.p50
+        foretold, took = predicted.latency_seconds, measured.latency.p50
+        told.append([
+            share,
+            f"{predicted.num_parameters / 1e6:.2f} of {original.num_parameters / 1e6:.2f}",
+            f"{predicted.macs / 1e6:.0f} of {original.macs / 1e6:.0f}",
+            f"{1e3 * unchanged:.2f}",
+            f"{1e3 * foretold:.2f}",
+            f"{1e3 * took:.2f}",
+            f"{unchanged / foretold:.2f}",
+            f"{unchanged / took:.2f}",
+            f"{100 * (foretold / took - 1):+.0f} %",
+        ])  # fmt: skip
+        print(" | ".join(told[-1]), flush=True)
+    headings = ("channels", "million parameters", "million multiply-accumulates", "ms, unchanged", "ms, predicted",
+                "ms, measured", "speed-up predicted", "measured", "predicted ms, off by")  # fmt: skip
+    return "A picture at a time in ONNX Runtime, float32, medians.\n\n" + table(headings, told)
+
+
+def classes(output: Tensor) -> Tensor:
+    """Return logits of classes: as they are, or the means of maps [N, C, H, W]."""
+    return output.mean((2, 3)) if output.dim() == 4 else output
 
 
 def enlarged(data: str, count: int, network: nn.Module) -> list[dict[str, Any]]:
@@ -196,7 +213,7 @@ def enlarged(data: str, count: int, network: nn.Module) -> list[dict[str, Any]]:
         pixels = np.asarray(picture.convert("RGB").resize((224, 224)), np.float32)
         pixels = ((pixels - 127) / 128).transpose(2, 0, 1).copy()
         with torch.no_grad():
-            label = int(network(torch.from_numpy(pixels)[None]).argmax())
+            label = int(classes(network(torch.from_numpy(pixels)[None])).argmax())
         found.append({"image": pixels, "label": label})
     return found
 
@@ -211,11 +228,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shares", nargs="+", default=list(SHARES))
+    parser.add_argument("--no-results", action="store_true", help="print the table, leave RESULTS.md as it is")
     asked = parser.parse_args()
+    if asked.what == "latency" and asked.out is None:
+        parser.error("latency needs --out")
+    began = time.monotonic()
     if asked.what == "quality":
-        quality(asked.model, asked.train, asked.test)
+        text = quality(asked.model, asked.train, asked.test)
     else:
-        latency(asked.model, asked.train, asked.test, asked.out, asked.threads, asked.shares)
+        text = latency(asked.model, asked.train, asked.test, asked.out, asked.threads, asked.shares)
+    print(text)
+    if not asked.no_results:
+        name = Path(asked.model).stem
+        what = "which ones go" if asked.what == "quality" else "predicted and measured times"
+        title = f"Channels cut from {name}: {what}"
+        seconds = time.monotonic() - began
+        write_section(f"channels {name}, {asked.what}", title, text, threads=asked.threads, seconds=seconds)
 
 
 if __name__ == "__main__":
