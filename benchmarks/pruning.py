@@ -46,7 +46,7 @@ def encoders() -> list[Peer]:
     """Return what is compared on an encoder: each tool with less and less left, around the asked speed-up."""
     found: list[Peer] = [OnnxFloat32()]
     for importance in IMPORTANCES:
-        for scope, shares in (("ffn", (0.5, 0.6)), ("ffn+heads", (0.34, 0.42)), ("all", (0.15, 0.25))):
+        for scope, shares in (("ffn", (0.5, 0.65)), ("ffn+heads", (0.42, 0.6)), ("all", (0.15, 0.28))):
             found += [TorchPruning(importance, scope, each) for each in shares]
     cuts: tuple[Steps, ...] = (
         (cut("ffn", "50%"),),
