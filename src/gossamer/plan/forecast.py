@@ -194,6 +194,7 @@ class Forecaster:
             seconds += rates.open_seconds + floats / rates.bytes_per_second + EXPORT_SECONDS * traced
             if job.runtime.name != ORIGINAL_RUNTIME:
                 seconds += opening + TIMED_SECONDS
+                memory = max(memory, rates.base_bytes + 2 * child)  # timed in turns
             memory = max(memory, rates.base_bytes + floats * (1 + EXPORT_COPIES * traced))
         costs.add("original", memory, seconds)
 

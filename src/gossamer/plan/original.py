@@ -79,9 +79,11 @@ def _scores(job: Job) -> Evaluation:
 
 
 def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the unchanged model in the serving runtime, and its {latency, memory}.
+    """Return the folder of the unchanged model in the serving runtime, and its {latency, memory, beside}.
 
-    Where the original itself is served by that runtime, its own figures are these.
+    The two are timed in turns, as a candidate will be: what a prediction starts from is a share of the original's time,
+    and of two that were timed one after the other it came out a sixth too small (docs/concepts/planner.md). Where the
+    original itself is served by that runtime, its own figures are these.
     """
 
     def write(step: Path) -> dict[str, Any]:
@@ -93,14 +95,16 @@ def unchanged_artifact(job: Job) -> tuple[Path, dict[str, Any]]:
         return {}
 
     def measure(step: Path) -> dict[str, Any]:
-        with job.serve(folder) as served:
-            return _timed_and_weighed(job, served, f"timing the original in {job.runtime.name}")
+        label = f"timing the original in {job.runtime.name}, in turns with itself in PyTorch"
+        with job.serve(folder) as served, baseline(job) as original:
+            return _timed_and_weighed(job, served, label, beside=original)
 
     inputs = job.step_inputs(runtime=job.runtime.name)
     folder = job.run.step("unchanged", inputs, write).folder / "artifact"
     if job.runtime.name == ORIGINAL_RUNTIME:
         return folder, score_original(job)[1]
-    return folder, job.run.step("unchanged-timed", {**inputs, "threads": job.threads}, measure).value
+    timed = {**inputs, "threads": job.threads, "in turns": True}
+    return folder, job.run.step("unchanged-timed", timed, measure).value
 
 
 def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
@@ -124,7 +128,7 @@ def describe_original(job: Job) -> tuple[Original, Evaluation | None]:
         size_bytes=shipped_bytes(files),
         num_parameters=job.model.num_parameters,
         macs=job.model.macs,
-        latency=LatencyRecord.model_validate(measured["latency"]),
+        latency=LatencyRecord.model_validate(unchanged.get("beside", measured["latency"])),
         memory_bytes=measured["memory"],
         same_runtime_latency=LatencyRecord.model_validate(unchanged["latency"]) if apart else None,
         same_runtime_bytes=shipped_bytes(artifact_files(folder)),
@@ -146,11 +150,12 @@ def metric_figure(job: Job, evaluation: Evaluation) -> Figure:
     )
 
 
-def _timed_and_weighed(job: Job, served: Served, label: str) -> dict[str, Any]:
-    """Return {latency, memory} of one served artifact, as JSON."""
+def _timed_and_weighed(job: Job, served: Served, label: str, beside: Served | None = None) -> dict[str, Any]:
+    """Return {latency, memory} of one served artifact, as JSON, and the latency of what it was timed in turns with."""
     with job.progress.stage(label, None):
-        found = time_in_turns(served, None, job.latency_inputs, None)
-    return {"latency": latency_record(found.a).model_dump(mode="json"), "memory": served.peak_memory()}
+        found = time_in_turns(served, beside, job.latency_inputs, None)
+    other = {"beside": latency_record(found.b).model_dump(mode="json")} if found.b is not None else {}
+    return {"latency": latency_record(found.a).model_dump(mode="json"), "memory": served.peak_memory(), **other}
 
 
 def latency_record(distribution: Any) -> LatencyRecord:
