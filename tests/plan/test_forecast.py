@@ -21,7 +21,7 @@ from gossamer.measure.memory import resident_bytes
 from gossamer.models.candidate import Candidate
 from gossamer.plan import flow, forecast
 from gossamer.plan.candidates import Steps
-from gossamer.plan.forecast import Forecaster, check_forecast
+from gossamer.plan.forecast import SURE, Forecaster, check_forecast, check_time
 from gossamer.plan.job import Job
 from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Tables
@@ -266,10 +266,37 @@ def test_optimize_leaves_out_what_does_not_fit_and_says_why(
     assert "block" not in started(tmp_path / "build")  # nothing was spent on them
 
 
-@pytest.mark.slow
-def test_a_search_without_time_begins_nothing_and_names_the_time(
+def test_a_search_without_time_for_one_candidate_says_so_before_it_begins(
     tiny: Path, tmp_path: Path, ask: Callable[..., Any]
 ) -> None:
+    given = ask(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=tmp_path / "build")
+    with pytest.raises(RunError, match=r"^a search .* \d+ s to measure the original, .* 0 s are left") as bad:
+        api.optimize(tiny / "model", **given, time_budget=0.5)
+    assert "--time" in bad.value.hint
+    assert started(tmp_path / "build") == {"rates"}
+
+
+def test_what_every_search_takes_is_counted_without_what_is_finished(
+    job: Job, rates: Rates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecaster = Forecaster(job, rates)
+    everything = forecaster.of(()).seconds
+    check_time(forecaster, everything)
+    check_time(forecaster, SURE * everything)  # predictions miss
+    with pytest.raises(RunError, match="to measure the original"):
+        check_time(forecaster, SURE * everything - 1)
+    monkeypatch.setattr(job.run, "journal", lambda: [{"event": "finished", "kind": "original"}])
+    left = forecaster.of(()).seconds
+    assert left < everything
+    with pytest.raises(RunError, match=rf"^a search .* at least {left:.0f} s: {left:.0f} s to write"):
+        check_time(forecaster, SURE * left - 1)
+
+
+@pytest.mark.slow
+def test_a_search_that_spent_its_time_begins_nothing_and_names_the_time(
+    tiny: Path, tmp_path: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "check_time", lambda *_: None)  # as if the time had gone into looking
     given = ask(tiny, goal="quality >= 97%, size <= 40%", runtime="torch", out=tmp_path / "build")
     result = api.optimize(tiny / "model", **given, time_budget=0.5)
     assert (result.verdict, result.tried, result.artifact) == ("FAIL", (), None)

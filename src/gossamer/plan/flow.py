@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from gossamer.measure.machine import stamp
 from gossamer.plan.allocation import mixed_recipes
 from gossamer.plan.budget import check_fits, memory_limit, memory_of_one, whole_bytes
 from gossamer.plan.candidates import Steps, name_of, recipes, rounds_twice
-from gossamer.plan.forecast import Forecaster, check_forecast
+from gossamer.plan.forecast import Forecaster, check_forecast, check_time
 from gossamer.plan.job import Job
 from gossamer.plan.original import describe_original, unchanged_artifact
 from gossamer.plan.predict import Tables
@@ -59,10 +60,13 @@ def optimize_run(
         opened_job(inputs, prepared, run) as job,
     ):
         check_measurable(job, goal)
+        deadline = math.inf if budget is None else began + budget
+        forecaster = Forecaster(job, measured_rates(job))
+        check_time(forecaster, deadline - time.monotonic())
         tables, reference = make_tables(job, goal)
+        check_time(forecaster, deadline - time.monotonic())
         found, cuts = proposals(job, goal, tables)
-        deadline = None if budget is None else began + budget
-        search = Search(job, goal, tables, reference, Forecaster(job, measured_rates(job)), cuts)
+        search = Search(job, goal, tables, reference, forecaster, cuts)
         result = search.run(found, max_candidates=max_candidates, deadline=deadline)
         return _published(job, inputs, prepared, "optimize", goal, tables.original, result, began)
 

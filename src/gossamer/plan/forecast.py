@@ -53,6 +53,7 @@ EXPORT_SECONDS, EXPORT_COPIES = 9.0, 3.0  # of a runtime that traces: for the gr
 CUBES, ROUNDS = 6.0, 12.0  # multiply-accumulates of a solver: I^3 times the first, O I^2 times the second for each turn
 ROUNDING_MACS = 1250.0  # what searching a grid takes for each weight, in the time of multiply-accumulates
 CALL_SECONDS = 3e-5  # of a stand-in, for each block in front of the wanted one
+SURE = 2 / 3  # of the seconds that are predicted: fewer are not enough
 BACKWARD = 3.0  # passes that one step forward and back takes
 
 
@@ -305,6 +306,24 @@ def check_forecast(found: Forecast, label: str) -> None:
     if found.device_bytes > found.device_limit:
         raise TechniqueError(f"{label} {found.refusal}", "give shorter calibration rows, or use --device cpu")
     raise RunError(f"{label} {found.refusal}", "free some space, or name a folder on another disk with --out")
+
+
+def check_time(forecaster: Forecaster, left: float) -> None:
+    """Raise RunError when what every search takes is longer than is left: the original measured, one candidate proven.
+
+    What is counted is a recipe that does nothing; a finished step of the run folder takes no time again. A search that
+    could still end in time, were the prediction that much too long, is begun.
+    """
+    found = forecaster.of(())
+    if SURE * found.seconds <= left:
+        return
+    original = sum(stage.seconds for stage in found.stages if stage.name == "original")
+    first = f"{original:.0f} s to measure the original, " if original else ""
+    raise RunError(
+        f"a search is predicted to take at least {found.seconds:.0f} s: {first}{found.seconds - original:.0f} s to "
+        f"write and measure one candidate; {max(0.0, left):.0f} s are left",
+        "give more --time (what is finished is not done again), or fewer rows with --eval-rows",
+    )
 
 
 def _worst(found: Forecast) -> Stage:

@@ -60,7 +60,7 @@ class Search:
         self.job = job
         self.forecaster = forecaster
         self.cuts = cuts
-        self.deadline: float | None = None
+        self.deadline = math.inf
         self.goal = goal
         self.tables = tables
         self.original = tables.original
@@ -70,16 +70,16 @@ class Search:
         self.tried: list[Tried] = []
         self.judgements: list[list[Judgement]] = []
 
-    def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float | None) -> Found:
+    def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float = math.inf) -> Found:
         """Return what was found. `deadline` is a time.monotonic() value that no recipe is begun to pass."""
         self.deadline = deadline
         began = time.monotonic()
-        tried_by = began + LOOKING * (deadline - began) if deadline is not None else math.inf
+        tried_by = began + LOOKING * (deadline - began)
         menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal, self.cuts)
         stop = "no recipe is left"
         while True:
             ranked = menu.ranked(self.corrections)
-            while menu.wants_more(ranked, time.monotonic() > tried_by) and menu.next_wave():
+            while menu.wants_more(ranked, time.monotonic() > tried_by) and menu.next_wave(ranked):
                 self._learn_again(menu.tables)
                 ranked = menu.ranked(self.corrections)
             if not ranked:
@@ -91,7 +91,7 @@ class Search:
             if len(self.tried) >= max_candidates:
                 stop = f"{max_candidates} candidates were tried"
                 break
-            if self.tried and deadline is not None and time.monotonic() > deadline:
+            if self.tried and time.monotonic() > deadline:
                 stop = "the time is spent"
                 break
             menu.take(best.steps)
@@ -132,8 +132,7 @@ class Search:
             found = self.forecaster.of(steps)
         except (RecipeError, TechniqueError):  # building it says so, as ever
             return ""
-        left = math.inf if self.deadline is None else self.deadline - time.monotonic()
-        return found.refusal or too_long(found.seconds, left)
+        return found.refusal or too_long(found.seconds, self.deadline - time.monotonic())
 
     def _try(self, item: Ranked) -> None:
         """Build, check, measure and judge one recipe; a refusal is recorded, never swallowed."""
