@@ -10,6 +10,7 @@ from gossamer.plan.candidates import name_of, recipes
 from gossamer.plan.job import Job
 from gossamer.runtimes import get_runtime
 from gossamer.techniques.base import SearchSpace
+from gossamer.techniques.quantize.calibrated import Gptq
 from gossamer.techniques.quantize.cast import Cast
 from gossamer.techniques.quantize.quantize import Quantize
 from gossamer.techniques.registry import recipe_of, resolve
@@ -41,3 +42,17 @@ def test_names_tell_recipes_apart(space: SearchSpace) -> None:
     names = [name_of(steps) for steps in found]
     assert len(set(names)) == len(found)
     assert name_of((Quantize(activations="dynamic"), Cast())) == "int8 dynamic + cast bf16"
+
+
+def test_widths_that_a_runtime_stores_as_wider_ones_are_not_proposed(job: Job) -> None:
+    def widths(runtime: str) -> set[tuple[str, int]]:
+        space = SearchSpace(model=job.model, runtime=get_runtime(runtime), task=job.task, calibration_rows=64)
+        steps = [step for found in (*Quantize.candidates(space), *Gptq.candidates(space)) for step in found]
+        assert all(isinstance(step, Quantize | Gptq) for step in steps)
+        return {(step.name, step.bits) for step in steps if step.group_size}  # type: ignore[attr-defined]
+
+    assert {("quantize", 3), ("gptq", 3), ("quantize", 2)} <= widths("torch")
+    graph = widths("onnxruntime")  # 3 bits take 4 there
+    assert {("quantize", 4), ("quantize", 2), ("gptq", 4)} <= graph
+    assert not {("quantize", 3), ("gptq", 3)} & graph
+    assert {bits for _, bits in widths("openvino")} == {4}  # 2 bits as well

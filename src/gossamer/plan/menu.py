@@ -1,5 +1,8 @@
 """The recipes that may be tried, and which of them are looked at: in waves, gentlest first, and with repairs.
 
+Where the fewest bytes are the aim, the first wave is spread over all sizes, and the others look at what is smaller than
+the smallest that is likely to do.
+
 A recipe that falls short in quality alone is looked at again with each repair that a technique has for it
 (`Technique.repairs`): after it was tried, or beforehand where it is not likely to pass and is with the repair.
 """
@@ -12,6 +15,7 @@ from dataclasses import replace
 
 from gossamer.goal import Goal
 from gossamer.plan.candidates import Steps, repaired
+from gossamer.plan.frontier import fewest_bytes, spread_first
 from gossamer.plan.job import Job
 from gossamer.plan.predict import Corrections, Tables, predicted_bytes, predicted_latency
 from gossamer.plan.profile import profile
@@ -52,15 +56,19 @@ class Menu:
         fitting = [steps for steps in sized if self._fits(steps)]
         self._nearest = sized[-WAVE:]  # what there is where nothing fits: the smallest
         self.waiting = fitting or ([] if cuts is not None else self._nearest)  # cuts may make something fit
+        self.fewest_bytes = fewest_bytes(goal)
+        if self.fewest_bytes:
+            self.waiting = spread_first(job.model, self.waiting, self._bytes, self._wave)
         self.open: list[Steps] = []
+        self.last: list[Steps] = []  # of the open: those that the last wave was for
         self.slow: list[Steps] = []  # set aside: predicted to take far longer than asked
         self.waves = 0
         self.short: list[Steps] = []  # tried, and short in quality alone
         self.repaired: dict[Steps, list[Steps]] = {}  # recipe -> it with each repair that there is
         self.taken: set[Steps] = set()
 
-    def next_wave(self) -> bool:
-        """Profile the next recipes; return False when none is waiting.
+    def next_wave(self, ranked: Sequence[Ranked] = ()) -> bool:
+        """Profile the next recipes; return False when none is waiting that is worth a look beside those in `ranked`.
 
         Where a second wave is asked for, or the goal asks for less time than rounding leaves, what leaves the shapes
         alone is not likely to do: recipes that cut come next; those that make the whole model narrower when there are
@@ -71,10 +79,12 @@ class Menu:
             self.waiting[:0] = sorted(filter(self._fits, more), key=lambda steps: -self._bytes(steps))
             if not self.waiting and not self.waves:
                 self.waiting = self._nearest
-        wave = self._taken_from_waiting()
-        if not wave and self.cuts is not None:
+        likely = [item for item in ranked if item.promise >= LIKELY] if self.fewest_bytes else []
+        below = min((self._bytes(item.steps) for item in likely), default=math.inf)
+        wave = self._taken_from_waiting(below)
+        if not wave and not likely and self.cuts is not None:
             self.waiting = sorted(filter(self._fits, self.cuts.narrower()), key=lambda steps: -self._bytes(steps))
-            wave = self._taken_from_waiting()
+            wave = self._taken_from_waiting(below)
         if not wave and not self.open and not self.taken:
             wave = list(filter(self.possible, sorted(self.slow, key=self._seconds)[:WAVE]))
         if not wave:
@@ -84,14 +94,22 @@ class Menu:
         now_known = [steps for steps in self.waiting if self.tables.profile.knows(steps)]
         self.waiting = [steps for steps in self.waiting if not self.tables.profile.knows(steps)]
         self.open += [*wave, *now_known]
+        self.last = [steps for steps in [*wave, *now_known] if self._bytes(steps) < below]
         return True
 
-    def _taken_from_waiting(self) -> list[Steps]:
-        """Return the first recipes that can be carried out now, as many as are profiled together."""
-        size = WAVE if self.job.budget is None else STREAMED_WAVE
+    @property
+    def _wave(self) -> int:
+        return WAVE if self.job.budget is None else STREAMED_WAVE
+
+    def _taken_from_waiting(self, below: float) -> list[Steps]:
+        """Return the first recipes of fewer bytes that can be carried out now, as many as are profiled together."""
         wave: list[Steps] = []
-        while self.waiting and len(wave) < size:
-            steps = self.waiting.pop(0)
+        for steps in list(self.waiting):
+            if len(wave) >= self._wave:
+                break
+            if self._bytes(steps) >= below:
+                continue
+            self.waiting.remove(steps)
             if self.tables.blocks and self._seconds(steps) > FAR_OVER * self._allowed:
                 self.slow.append(steps)
             elif self.possible(steps):
@@ -175,7 +193,7 @@ class Menu:
         if hurried:
             return False
         likely = [item for item in ranked if item.promise >= LIKELY]
-        last = set(self.open[-WAVE:])
+        last = set(self.last)
         last |= {twin for steps in last for twin in self.repaired.get(steps, [])}
         rewards = self.goal.objective is not None and self.goal.objective.quantity in ("size", "memory", "latency")
         return rewards and any(item.steps in last for item in likely)

@@ -104,7 +104,7 @@ def _for_goal(job: Job, goal: Goal, steps: Steps | None, where: Path, left: floa
 
     menu = Menu(job, goal, tables, found, refusal if steps is None else lambda _: "", cuts)
     ranked = menu.ranked(Corrections())
-    while menu.wants_more(ranked) and menu.next_wave():
+    while menu.wants_more(ranked) and menu.next_wave(ranked):
         ranked = menu.ranked(Corrections())
     planned = _with_forecasts(forecaster, ranked, left)
     left_out = [unbuilt(menu.tables, one, _sentence(why)) for one, why in menu.left_out.items()]

@@ -33,7 +33,7 @@ from gossamer.techniques.quantize.grid import ScaleSearch
 from gossamer.techniques.quantize.layers import num_inputs, weight_decisions
 from gossamer.techniques.quantize.learned import learn_rounding
 from gossamer.techniques.quantize.moments import Moments
-from gossamer.techniques.quantize.quantize import Quantize, needs_symmetry
+from gossamer.techniques.quantize.quantize import Quantize, needs_symmetry, stored_as_wider
 from gossamer.techniques.quantize.refit import refit_scales
 from gossamer.techniques.sweep_gates import guarded
 from gossamer.techniques.sweep_precision import computing
@@ -119,7 +119,8 @@ class CalibratedGrid(FormatSettings, BlockTechnique):
                 divides = not option.group_size or num_inputs(layer) % option.group_size == 0
                 if not divides or space.runtime.refusal(layer.role, layer.shape, spec, None) is not None:
                     refused.append(layer.name)
-            if 2 * len(refused) < len(inside):
+            held = [layer for layer in inside if layer.name not in refused]
+            if 2 * len(refused) < len(inside) and not all(stored_as_wider(space, layer, spec) for layer in held):
                 step = option.model_copy(update={"ignore": tuple(refused)})
                 yield (step,)
                 for embeddings in Quantize.of_embeddings(space):

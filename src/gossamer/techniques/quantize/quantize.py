@@ -207,8 +207,11 @@ class Quantize(FormatSettings):
 
     @classmethod
     def _held_by(cls, space: SearchSpace, option: Quantize) -> Quantize | None:
-        """Return the option with layers that the runtime or the group size refuses under `ignore`; None if most are."""
-        refused, kept_parameters, all_parameters = [], 0, 0
+        """Return the option with layers that the runtime or the group size refuses under `ignore`.
+
+        None if most are, or if the runtime stores its codes as wider ones.
+        """
+        refused, kept_parameters, all_parameters, narrow = [], 0, 0, option.activations != "none"
         for layer in layers_matching(space.model, option.targets, "targets"):
             if layer.kind not in ("linear", "conv", "embedding") or layer.tied_to is not None:
                 continue
@@ -218,9 +221,10 @@ class Quantize(FormatSettings):
             all_parameters += layer.num_parameters
             if reason is None and divides:
                 kept_parameters += layer.num_parameters
+                narrow = narrow or not stored_as_wider(space, layer, option._weight_spec())
             else:
                 refused.append(layer.name)
-        if kept_parameters * 2 < all_parameters or not kept_parameters:
+        if kept_parameters * 2 < all_parameters or not narrow:
             return None
         return option.model_copy(update={"ignore": tuple(refused)})
 
@@ -263,6 +267,15 @@ def needs_symmetry(space: SearchSpace) -> bool:
     spec = QuantSpec(bits=4, symmetric=False)
     experts = next((layer for layer in space.model.layers if layer.role in EXPERT_ROLES), None)
     return experts is not None and space.runtime.refusal(experts.role, experts.shape, spec, None) is not None
+
+
+def stored_as_wider(space: SearchSpace, layer: LayerInfo, spec: QuantSpec) -> bool:
+    """Say whether the runtime's file takes as many bytes with one bit more: then fewer bits lose for nothing."""
+    if spec.bits == 8 or spec.format != "int":
+        return False
+    wider = spec.model_copy(update={"bits": spec.bits + 1})
+    sizes = [space.runtime.stored_bytes(layer.role, layer.shape, each, 4) for each in (spec, wider)]
+    return sizes[0] >= sizes[1]
 
 
 def _sensible(settings: dict[str, Any], space: SearchSpace) -> bool:
