@@ -191,6 +191,36 @@ def test_the_table_of_times_is_measured_once(job: Job, briefly: None) -> None:
     assert [entry["kind"] for entry in job.run.journal() if entry["event"] == "finished"].count("block-times") == 1
 
 
+def test_what_decides_or_is_out_of_line_is_timed_again() -> None:
+    work = {("ffn", 8): 0.5, ("heads", 1): 0.75}
+    seconds = {
+        (FLOAT, None, 0): 1.0, ("int8", None, 0): 0.5, ("int4", None, 0): 0.9,
+        (FLOAT, "ffn", 8): 0.55, ("int8", "ffn", 8): 0.29,
+        (FLOAT, "heads", 1): 0.72, ("int8", "heads", 1): 0.21,  # 0.36 is expected
+    }  # fmt: skip
+    assert timing._doubtful(seconds, work) == [("int8", None, 0), ("int4", None, 0), ("int8", "heads", 1)]
+    slow = {**seconds, (FLOAT, "ffn", 8): 0.8}
+    assert [one for one in timing._doubtful(slow, work) if one[1] == "ffn"] == [(FLOAT, "ffn", 8), ("int8", "ffn", 8)]
+
+
+def test_sittings_that_agree_are_averaged_and_of_three_the_median_counts() -> None:
+    assert timing._settled(1.0, iter((1.04,)).__next__) == pytest.approx(1.02)
+    assert timing._settled(2.0, iter((1.0, 1.1)).__next__) == 1.1
+    assert timing._settled(1.0, iter((2.0, 1.05)).__next__) == 1.05
+
+
+def test_the_work_that_a_cut_leaves_is_counted(graph_job: Job) -> None:
+    (kind,) = block_kinds(graph_job.model, graph_job.runtime)
+    layers = [layer for layer in graph_job.model.layers if (layer.stack, layer.block) == (kind.stack, 0)]
+    wide = [layer for layer in layers if layer.name.endswith(("intermediate.dense", "layer.0.output.dense"))]
+    share = sum(layer.macs for layer in wide) / sum(layer.macs for layer in layers)
+    size = kind.places["ffn"][0].size
+    assert timing._work_left(graph_job, kind, "ffn", size // 2) == pytest.approx(1 - share / 2)
+    assert timing._work_left(graph_job, kind, "ffn", size) == 1
+    whole = replace(graph_job, runtime=get_runtime("torch"))  # the whole model is timed there
+    assert timing._work_left(graph_job, kind, "ffn", 1) < timing._work_left(whole, kind, "ffn", 1) < 1
+
+
 @pytest.mark.slow
 def test_formats_that_compute_in_float32_are_timed_uncut(graph_job: Job, briefly: None) -> None:
     del briefly

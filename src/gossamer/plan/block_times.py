@@ -4,9 +4,11 @@
 
 Kurtic et al., "ZipLM", 2023, section 3.2, build such a table for each runtime environment; theirs too takes sub-layers
 for additive. Each entry is timed in turns with the uncut blocks in float32, in processes of their own, at the request
-whose latency is the goal's: a ratio, which drift does not touch. Seconds come from the whole model, unchanged, of whose
-time its blocks take their share of the multiply-accumulates. Some sizes are measured, those between lie on straight
-lines; fewer units are never slower (the table is made monotone by isotonic regression, which takes out what is noise).
+whose latency is the goal's: a ratio, which drift does not touch. What decides the most (formats, uncut) or is out of
+line with the others is timed in a second sitting, and a third where the two do not agree: a session may take half as
+long again for as long as it is open. Seconds come from the whole model, unchanged, of whose time its blocks take their
+share of the multiply-accumulates. Some sizes are measured, those between lie on straight lines; fewer units are never
+slower (the table is made monotone by isotonic regression, which takes out what is noise).
 Formats that hold weights in fewer bits and compute in float32 are timed uncut: cut, they take as much less as float32.
 What is no block (stem, head) is in no table: a prediction starts from the whole model, unchanged, and adds what becomes
 of its blocks.
@@ -15,14 +17,18 @@ of its blocks.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 from gossamer.measure.latency import time_in_turns
+from gossamer.models.reduced_map import reduced_map
 from gossamer.models.roles import LayerInfo, ModelMap
 from gossamer.plan.job import Job
 from gossamer.plan.original import unchanged_artifact
@@ -34,7 +40,10 @@ from gossamer.techniques.base import Decision
 FLOAT = "float32"
 MEASURED_SHARES = (0.0, 0.5)  # of the sizes of a place, the least among them; the whole one is measured too
 TURNS_SECONDS, ROUND_SECONDS, MIN_ROUNDS = 2.4, 0.2, 5  # of timing one entry
+OUT_OF_LINE, ALIKE = 0.15, 0.06  # in logarithms: from what is expected of an entry, and between two sittings
 LEAST_LEFT = 0.02  # of a block's time: sub-layers are not quite additive
+
+Entry = tuple[str, str | None, int]  # a format, a place that is cut (None: uncut) and the units that are left of it
 
 
 class BlockTimes(Record):
@@ -176,28 +185,71 @@ def _measure(
         place: _some([size for size in sizes_of(dimensions[0], job.model, job.runtime) if size < dimensions[0].size])
         for place, dimensions in kind.places.items()
     }
-    cuts = [(None, 0), *((place, size) for place, sizes in measured.items() for size in sizes)]
+    cuts = [(place, size) for place, sizes in measured.items() for size in sizes]
     workshop = Workshop(job, kind)
     baseline = workshop.specimen(None, 0, [])
     served_from = _written(job, baseline, folder / "baseline")
-    seconds: dict[tuple[str, str | None, int], float] = {(FLOAT, None, 0): 1.0}
+    seconds: dict[Entry, float] = {(FLOAT, None, 0): 1.0}
     label = f"timing blocks of each size in {job.runtime.name}"
-    entries = [(name, place, size) for place, size in cuts for name in formats]
-    entries += [(name, None, 0) for name in uncut]
+    entries: list[Entry] = [(name, None, 0) for name in formats]
+    entries += [(name, *cut) for cut in cuts for name in formats] + [(name, None, 0) for name in uncut]
     with (
         job.serve(served_from) as reference,
         job.serve(served_from) as other,
         job.progress.stage(label, len(entries) - 1) as advance,
     ):
-        for name, place, size in entries[1:]:
-            specimen = workshop.specimen(place, size, {**formats, **uncut}[name])
+
+        def sitting(entry: Entry) -> float:
+            specimen = workshop.specimen(*entry[1:], {**formats, **uncut}[entry[0]])
             other.reopen(_written(job, specimen, folder / "cut"))
-            seconds[name, place, size] = _in_turns(other, reference, specimen, baseline)
+            found = _in_turns(other, reference, specimen, baseline)
             shutil.rmtree(folder / "cut")
+            return found
+
+        for entry in entries[1:]:
+            seconds[entry] = sitting(entry)
             advance(1)
+        for entry in _doubtful(seconds, {cut: _work_left(job, kind, *cut) for cut in cuts}):
+            seconds[entry] = _settled(seconds[entry], partial(sitting, entry))
     shutil.rmtree(served_from)
     tables = list(_tables(job, kind, formats, measured, seconds, whole))
     return [*tables, *(_as_float(tables[0], name, seconds[name, None, 0]) for name in uncut)]
+
+
+def _work_left(job: Job, kind: BlockKind, place: str, size: int) -> float:
+    """Return the share of a specimen's multiply-accumulates that is left where one place is cut."""
+    left = reduced_map(job.model, {kind.places[place][0]: size})
+    whole, cut = (sum(layer.macs for layer in layers_of(one, kind.stack, kind.blocks[0])) for one in (job.model, left))
+    share = 1.0 if job.runtime.holds_layers else _share_of(job.model, kind)
+    return 1 - share * (1 - cut / max(1, whole))
+
+
+def _doubtful(seconds: Mapping[Entry, float], work: Mapping[tuple[str, int], float]) -> list[Entry]:
+    """Return the entries to be timed again: formats, uncut, and what is far from what the others let expect.
+
+    A cut is expected to leave the float32 block the share of its time that it leaves of its work, and other formats
+    the share that it leaves float32.
+    """
+    found: list[Entry] = []
+    for entry, ratio in seconds.items():
+        name, place, size = entry
+        if place is None:
+            expected = 0.0 if name != FLOAT else ratio
+        elif name == FLOAT:
+            expected = work[place, size]
+        else:
+            expected = seconds[name, None, 0] * seconds[FLOAT, place, size]
+        if not expected or abs(log(ratio / expected)) > OUT_OF_LINE:
+            found.append(entry)
+    return found
+
+
+def _settled(first: float, again: Callable[[], float]) -> float:
+    """Return the mean of two sittings that agree, else the median of three."""
+    second = again()
+    if abs(log(second / first)) <= ALIKE:
+        return (first + second) / 2
+    return median((first, second, again()))
 
 
 def _as_float(table: BlockTimes, name: str, ratio: float) -> BlockTimes:
@@ -211,7 +263,7 @@ def _tables(
     kind: BlockKind,
     formats: Iterable[str],
     measured: Mapping[str, Sequence[int]],
-    seconds: Mapping[tuple[str, str | None, int], float],
+    seconds: Mapping[Entry, float],
     whole: float,
 ) -> Iterable[BlockTimes]:
     """Yield the tables from ratios to the uncut specimen, whose blocks take their share of the whole model's time."""
