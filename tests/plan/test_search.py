@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -380,6 +382,79 @@ def test_the_nearest_sound_candidate_is_handed_over(job: Job, real: Tables, tabl
     none = search._conclude("no recipe is left", [])
     assert (none.chosen, none.verdict) == (None, Verdict.FAIL)
     assert "computes something else" in none.reason
+
+
+class FixedMenu:
+    """Offer recipes whose predictions are given; a wave brings those that wait."""
+
+    def __init__(self, ranked: list[Ranked], waiting: list[Ranked], tables: Tables) -> None:
+        self.open, self.waiting, self.left_out, self.tables = ranked, waiting, dict[Any, str](), tables
+
+    def ranked(self, _: Corrections) -> list[Ranked]:
+        return list(self.open)
+
+    def wants_more(self, _: object, hurried: bool = False) -> bool:
+        return bool(self.waiting) and not hurried
+
+    def next_wave(self, _: object) -> bool:
+        self.open, self.waiting = [*self.open, *self.waiting], []
+        return True
+
+    def take(self, steps: tuple[Technique, ...]) -> None:
+        self.open = [item for item in self.open if item.steps != steps]
+
+    def possible(self, _: object) -> bool:
+        return True
+
+    def passed(self, steps: tuple[Technique, ...]) -> None:
+        pass
+
+
+def searched(
+    job: Job, real: Tables, monkeypatch: pytest.MonkeyPatch, goal: str, left: float, waiting: int = 0
+) -> tuple[list[str], int | None]:
+    """Return what is tried of five recipes of which the fourth fails, and which is chosen; so many come in a wave."""
+    sizes, promises = (100, 90, 89.5, 80, 70), (2.0, 0.5, 0.4, 0.3, 0.2)
+    prediction = predict_nothing(real.original)
+    known = {
+        (Quantize(ignore=(str(size),)),): prediction.model_copy(update={"size_bytes": 1000 * size}) for size in sizes
+    }
+    items = [Ranked(steps, known[steps], promise) for steps, promise in zip(known, promises, strict=True)]
+    menu = FixedMenu(items[: len(items) - waiting], items[len(items) - waiting :], real)
+    search = Search(job, parse_goal(goal), real, Evaluation.__new__(Evaluation))
+
+    def attempt(item: Ranked) -> None:
+        size = item.prediction.size_bytes
+        found = tried(str(size), "FAIL" if size == 80_000 else "PASS", 0.0, real.original)
+        figures = measured(real.original, size=Figure.exact(size, "B"))
+        search.tried.append(found.model_copy(update={"measured": figures}))
+        search.judgements.append([])
+
+    monkeypatch.setattr(search, "_try", attempt)
+    monkeypatch.setattr("gossamer.plan.search.Menu", lambda *_: menu)
+    monkeypatch.setattr("gossamer.plan.search.predict", lambda _tables, steps, _corrections: known[steps])
+    found = search.run([], max_candidates=8, deadline=time.monotonic() + left)
+    return [one.name for one in search.tried], found.chosen
+
+
+def test_with_an_objective_what_is_predicted_to_be_better_follows_until_one_fails(
+    job: Job, real: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest = "quality >= 90%, minimize size"
+    # 89.5 kB are not worth a try behind 90, and 70 are not tried once 80 failed
+    assert searched(job, real, monkeypatch, smallest, 1e9) == (["100000", "90000", "80000"], 1)
+    assert searched(job, real, monkeypatch, "quality >= 90%", 1e9) == (["100000"], 0)
+    assert searched(job, real, monkeypatch, "quality >= 90%, maximize quality", 1e9) == (["100000"], 0)
+    assert searched(job, real, monkeypatch, smallest, -1.0) == (["100000"], 0)  # the time is spent
+
+
+def test_looking_that_was_cut_short_goes_on_once_something_has_passed(
+    job: Job, real: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smallest, looking = "quality >= 90%, minimize size", itertools.chain((0.0, 400.0), itertools.repeat(401.0))
+    monkeypatch.setattr("gossamer.plan.search.time", SimpleNamespace(monotonic=lambda: next(looking)))
+    found, chosen = searched(job, real, monkeypatch, smallest, 1000.0 - time.monotonic(), waiting=4)
+    assert (found, chosen) == (["100000", "90000", "80000"], 1)
 
 
 def test_a_few_waves_are_looked_at_before_a_recipe_is_tried_that_is_predicted_to_miss(tables: Tables, job: Job) -> None:

@@ -57,6 +57,7 @@ class Menu:
         self._nearest = sized[-WAVE:]  # what there is where nothing fits: the smallest
         self.waiting = fitting or ([] if cuts is not None else self._nearest)  # cuts may make something fit
         self.fewest_bytes = fewest_bytes(goal)
+        self._below = math.inf  # bytes of what has passed, where the fewest are the aim
         if self.fewest_bytes:
             self.waiting = spread_first(job.model, self.waiting, self._bytes, self._wave)
         self.open: list[Steps] = []
@@ -80,9 +81,9 @@ class Menu:
             if not self.waiting and not self.waves:
                 self.waiting = self._nearest
         likely = [item for item in ranked if item.promise >= LIKELY] if self.fewest_bytes else []
-        below = min((self._bytes(item.steps) for item in likely), default=math.inf)
+        below = min((self._bytes(item.steps) for item in likely), default=self._below)
         wave = self._taken_from_waiting(below)
-        if not wave and not likely and self.cuts is not None:
+        if not wave and below == math.inf and self.cuts is not None:
             self.waiting = sorted(filter(self._fits, self.cuts.narrower()), key=lambda steps: -self._bytes(steps))
             wave = self._taken_from_waiting(below)
         if not wave and not self.open and not self.taken:
@@ -152,6 +153,11 @@ class Menu:
         self.taken.add(steps)
         if steps in self.open:
             self.open.remove(steps)
+
+    def passed(self, steps: Steps) -> None:
+        """Note that a recipe met every bound: where the fewest bytes are the aim, only smaller ones are looked at."""
+        if self.fewest_bytes:
+            self._below = self._bytes(steps)
 
     def fell_short(self, steps: Steps) -> None:
         """Note that a recipe was tried and met every bound but that on quality: its repairs are worth a try."""

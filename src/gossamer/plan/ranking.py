@@ -13,7 +13,7 @@ from gossamer.goal import Goal
 from gossamer.judgement import Judgement, judge
 from gossamer.plan.candidates import Steps
 from gossamer.plan.predict import Corrections, Tables, as_figures, format_key, predict
-from gossamer.plan.records import Figure, Measured, Original, Prediction
+from gossamer.plan.records import Figure, Measured, Original, Prediction, Tried
 from gossamer.techniques.base import resolved
 
 # how far predictions miss, as a share of the bound: quality adds half of the predicted loss to its own
@@ -21,6 +21,8 @@ USUAL_MISS = {"quality": 0.003, "size": 0.003, "latency": 0.12, "throughput": 0.
 MEASURED_KIND_MISS = {"latency": 0.04, "throughput": 0.04}  # once a like one was measured
 MEASURED_SIZE_MISS = 1e-4
 LIKELY, HOPELESS = 1.0, -2.5
+LESS_IS_BETTER = ("size", "memory", "latency", "throughput")  # of bytes and of seconds
+WORTH = 0.99  # of what passed: what takes more is no better
 COUNTED = ("size", "params", "flops")  # known exactly before anything is measured
 
 
@@ -59,15 +61,42 @@ def _order(goal: Goal, item: Ranked) -> tuple[float, ...]:
     likely = item.promise >= LIKELY
     prediction = item.prediction
     if goal.objective is not None and likely:
-        wanted = {
-            "size": float(prediction.size_bytes),
-            "quality": -prediction.quality_share,
-            "latency": prediction.latency_seconds,
-            "throughput": prediction.latency_seconds,
-            "memory": float(prediction.memory_bytes),
-        }.get(goal.objective.quantity, 0.0)
-        return (0.0, wanted, -item.promise)
+        return (0.0, _wanted(goal, prediction), -item.promise)
     return (0.0 if likely else 1.0, -item.promise, prediction.kl, float(prediction.size_bytes))
+
+
+def _wanted(goal: Goal, prediction: Prediction) -> float:
+    """Return what a goal's objective wants as little as possible of."""
+    found = {
+        "size": float(prediction.size_bytes),
+        "quality": -prediction.quality_share,
+        "latency": prediction.latency_seconds,
+        "throughput": prediction.latency_seconds,
+        "memory": float(prediction.memory_bytes),
+    }
+    return found.get(goal.objective.quantity, 0.0) if goal.objective is not None else 0.0
+
+
+def can_improve(goal: Goal) -> bool:
+    """Say whether something else may be better than what passed: not without an objective.
+
+    Nor with quality as the objective, by which what passed was the best that was predicted.
+    """
+    return goal.objective is not None and goal.objective.quantity in LESS_IS_BETTER
+
+
+def is_better(goal: Goal, prediction: Prediction, known: Prediction) -> bool:
+    """Say whether a prediction is better by the goal's objective than what is known, by so much that it is tried."""
+    return _wanted(goal, prediction) < WORTH * _wanted(goal, known)
+
+
+def reached(goal: Goal, tried: Tried) -> float:
+    """Return what a measured candidate has of what the goal's objective wants as little as possible of."""
+    if tried.measured is None or goal.objective is None or not can_improve(goal):
+        return 0.0
+    quantity = goal.objective.quantity
+    name = quantity if quantity in ("size", "memory") else f"latency {goal.objective.statistic or 'p50'} ratio"
+    return tried.measured.figures[name].value
 
 
 def promise(goal: Goal, prediction: Prediction, original: Original, misses: Mapping[str, float] | None = None) -> float:

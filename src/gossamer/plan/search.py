@@ -1,9 +1,10 @@
 """Try the most promising recipe, measure its artifact, learn from the difference, until the goal is met or cannot be.
 
 What can be known without measuring (bytes, parameters) rules recipes out first; the rest
-are profiled in waves, gentlest first, so that 2 bits cost no time where 8 will do. The search ends at the first PASS
-(with an objective: the first in the objective's order among those that are likely to pass), when nothing left can
-pass, when the time is spent, or after `max_candidates`. A recipe that this machine cannot hold, or that is predicted to
+are profiled in waves, gentlest first, so that 2 bits cost no time where 8 will do. The search ends at the first PASS.
+With an objective that is the first in its order among those that are likely to pass, and those follow that are
+predicted to pass and to be better, until one does not. It ends too when nothing left can pass, when the time is spent,
+or after `max_candidates`. A recipe that this machine cannot hold, or that is predicted to
 take longer than is left, is not begun: it is left out with the reason.
 """
 
@@ -25,7 +26,7 @@ from gossamer.plan.menu import Menu
 from gossamer.plan.predict import Corrections, Tables, cut_key, format_key, predict, predicted_bytes
 from gossamer.plan.proof import build_artifact, check_artifact, measure, refused_by, score_artifact, steps_recipe
 from gossamer.plan.proposed_cuts import SolvedCuts
-from gossamer.plan.ranking import HOPELESS, Ranked, judge_measured
+from gossamer.plan.ranking import HOPELESS, Ranked, can_improve, is_better, judge_measured, reached
 from gossamer.plan.records import ExpertTokens, Judged, Original, Prediction, Tried
 from gossamer.tasks.base import Evaluation
 from gossamer.techniques.base import resolved
@@ -60,7 +61,9 @@ class Search:
         self.job = job
         self.forecaster = forecaster
         self.cuts = cuts
-        self.deadline = math.inf
+        self.deadline = self.tried_by = math.inf
+        self.passed: Steps | None = None  # the last that did
+        self.cut_short = False  # more would have been looked at, had there been time
         self.goal = goal
         self.tables = tables
         self.original = tables.original
@@ -73,17 +76,10 @@ class Search:
     def run(self, recipes: Sequence[Steps], *, max_candidates: int, deadline: float = math.inf) -> Found:
         """Return what was found. `deadline` is a time.monotonic() value that no recipe is begun to pass."""
         self.deadline = deadline
-        began = time.monotonic()
-        tried_by = began + LOOKING * (deadline - began)
+        self._look_for_a_while()
         menu = Menu(self.job, self.goal, self.tables, recipes, self._refusal, self.cuts)
         stop = "no recipe is left"
-        while True:
-            ranked = menu.ranked(self.corrections)
-            while menu.wants_more(ranked, time.monotonic() > tried_by) and menu.next_wave(ranked):
-                self._learn_again(menu.tables)
-                ranked = menu.ranked(self.corrections)
-            if not ranked:
-                break
+        while ranked := self._looked_at(menu):
             best = ranked[0]
             if self.tried and best.promise < HOPELESS:
                 stop = "no recipe that is left is predicted to meet the goal"
@@ -100,6 +96,13 @@ class Search:
                 continue
             self._try(best)
             if self.tried[-1].verdict == Verdict.PASS:
+                if not can_improve(self.goal):
+                    break
+                self.passed = best.steps
+                menu.passed(best.steps)
+                self._look_for_a_while()
+                continue
+            if self.passed is not None:
                 break
             if not self.tried[-1].rejected:
                 if short_in_quality_alone(self.judgements[-1]):
@@ -111,6 +114,36 @@ class Search:
         if left_out and not self.tried:
             stop = f"{len(left_out)} recipes cannot be carried out here: {left_out[0].name} {left_out[0].rejected[3:]}"
         return self._conclude(stop, [*not_tried, *left_out])
+
+    def _look_for_a_while(self) -> None:
+        """Set the time by which one of the recipes that were looked at by then is tried."""
+        now = time.monotonic()
+        self.tried_by = now + LOOKING * max(0.0, self.deadline - now)
+
+    def _looked_at(self, menu: Menu) -> list[Ranked]:
+        """Return what is worth a try, most promising first, after looking at as many waves as are wanted."""
+        ranked = self._worth_a_try(menu)
+        while self._wants_more(menu, ranked) and menu.next_wave(ranked):
+            self._learn_again(menu.tables)
+            ranked = self._worth_a_try(menu)
+        return ranked
+
+    def _worth_a_try(self, menu: Menu) -> list[Ranked]:
+        """Return the recipes on the menu; once one has passed, those that are predicted to pass and to be better."""
+        ranked = menu.ranked(self.corrections)
+        if self.passed is None:
+            return ranked
+        known = predict(menu.tables, self.passed, self.corrections)
+        return [item for item in ranked if item.promise >= 0 and is_better(self.goal, item.prediction, known)]
+
+    def _wants_more(self, menu: Menu, ranked: Sequence[Ranked]) -> bool:
+        """Say whether more is looked at; once something has passed, only where looking was cut short by the time."""
+        hurried = time.monotonic() > self.tried_by
+        if self.passed is not None and (hurried or not self.cut_short):
+            return False
+        more = menu.wants_more(ranked, hurried)
+        self.cut_short = hurried and not more and menu.wants_more(ranked)
+        return more
 
     def _learn_again(self, tables: Tables) -> None:
         """Take in what was measured once more, where tables have come to know how long blocks take."""
@@ -167,7 +200,7 @@ class Search:
         sound = [index for index, tried in enumerate(self.tried) if tried.measured is not None and not tried.rejected]
         passed = [index for index in sound if self.tried[index].verdict == Verdict.PASS]
         if passed:
-            chosen = passed[-1]
+            chosen = min(reversed(passed), key=lambda index: reached(self.goal, self.tried[index]))
             reason = f"{self.tried[chosen].name} meets every bound"
             return Found(tuple(self.tried), tuple(not_tried), chosen, Verdict.PASS, reason)
         if not sound:
