@@ -143,7 +143,8 @@ def build_all(
             folder = (contest.out / f"{index:02d}").resolve()
             built = build_in_child(peer, material, folder, python, reuse=arguments.reuse, limit=arguments.limit)
         except BuildError as error:  # one tool's failure is a finding, not the end of the comparison
-            skipped.append(str(error).splitlines()[0] + " " + str(error).splitlines()[-1][:200])
+            lines = str(error).splitlines()
+            skipped.append(" ".join(dict.fromkeys((lines[0], lines[-1][:200]))))
             say(str(error))
             continue
         if peer.uses_graph and export is not None:
